@@ -1,0 +1,184 @@
+"""The Flower ClientApp: train, evaluate and query handlers, each unpack → one call → pack.
+
+`serve` takes a whole cohort of messages at once, which is what the simulation's grids call; a handler that Flower
+calls with one message serves a cohort of one.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from PIL import Image
+
+from fedstrata import scenarios
+from fedstrata.client.evaluation import Answerer, identify, score
+from fedstrata.client.model import BaseModel, load_base
+from fedstrata.client.training import Job, train
+from fedstrata.core import records
+from fedstrata.core.config import RunConfig, from_dict
+from fedstrata.core.errors import BadInput
+from fedstrata.core.records import Assignment, Description, TrainReply
+from fedstrata.core.seeds import derive, generator
+from fedstrata.scenarios.stream import Example, Pixels, Scenario
+from fedstrata.strategies import find
+
+
+class CohortApp(ClientApp):
+    """A ClientApp that can also serve several train messages in one fused pass."""
+
+    def serve(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        """Replies in the order of the messages."""
+        return serve(messages, contexts)
+
+
+app = CohortApp()
+
+
+def serve(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """Train messages of one run together as one cohort, everything else one by one."""
+    if len(messages) > 1 and all(message.metadata.message_type == records.TRAIN for message in messages):
+        return train_cohort(messages)
+    handlers = {
+        records.TRAIN: lambda message, _: train_cohort([message])[0],
+        records.EVALUATE: evaluate,
+        records.IDENTIFY: answer_identify,
+        records.DESCRIBE: answer_describe,
+        records.ASK: answer_question,
+    }
+    pairs = zip(messages, contexts, strict=True)
+    return [handlers[message.metadata.message_type](message, context) for message, context in pairs]
+
+
+@app.train()
+def train_one(message: Message, context: Context) -> Message:
+    """Flower's door to `train_cohort`."""
+    return train_cohort([message])[0]
+
+
+def train_cohort(messages: Sequence[Message]) -> list[Message]:
+    """Trains every message's adapter on its client's share."""
+    tasks = [records.train_task(message) for message in messages]
+    config, base, scenario = world(tasks[0].assignment)
+    jobs = [
+        Job(share(scenario, config, task.assignment), task.flat, _seed(config, task.assignment, "batches"))
+        for task in tasks
+    ]
+    half = find(config.strategy.name).local_half()
+    done = train(base, jobs, config.train, config.lora.alpha / config.lora.rank, half)
+    replies = []
+    for message, task, job, trained in zip(messages, tasks, jobs, done, strict=True):
+        cost = (len(job.examples), trained.loss, trained.steps, trained.seconds)
+        reply = TrainReply(task.assignment.binding, trained.flat, *cost)
+        replies.append(records.train_reply(reply, message))
+    return replies
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Scores one shard of one task's split with the knowledge in the message."""
+    at = records.assignment(message)
+    config, base, scenario = world(at)
+    shard, knowledge = records.read_shard(message), records.read_knowledge(message)
+    task = scenario.tasks[shard.task]
+    examples = list(getattr(task, shard.split))[shard.start : shard.stop]
+    router = find(config.strategy.name).router(knowledge)
+    answerer = Answerer(base, knowledge, router, config.lora.alpha / config.lora.rank)
+    answers = answerer.answer(examples, shard.task, config.evaluate.batch_size, config.train.max_length)
+    return records.score_reply(score(task, examples, answers, scenario.vocabulary(shard.task)), at.binding, message)
+
+
+@app.query("identify")
+def answer_identify(message: Message, context: Context) -> Message:
+    """The client's identity token over all instructions of its share."""
+    at = records.assignment(message)
+    config, base, scenario = world(at)
+    return records.token_reply(identify(base, share(scenario, config, at)), at.binding, message)
+
+
+@app.query("describe")
+def answer_describe(message: Message, context: Context) -> Message:
+    """What the server must know of the base model, and which partition this node holds."""
+    at = records.assignment(message)
+    config = read_config(at.config)
+    base = base_of(config)
+    partition = int(context.node_config.get("partition-id", -1))
+    facts: dict[str, Any] = {"encoder": "", "dim": 0, "tau": 0.0, "epsilon": 0.0}
+    if find(config.strategy.name).needs_tokens:
+        encoder = base.encoder
+        facts = {"encoder": encoder.name, "dim": encoder.dim, "tau": encoder.tau, "epsilon": encoder.epsilon}
+    description = Description(partition, base.layout.to_json(), base.name, base.hash, **facts)
+    return records.description_reply(description, message)
+
+
+@app.query("ask")
+def answer_question(message: Message, context: Context) -> Message:
+    """Answers one instruction with the knowledge in the message."""
+    config = read_config(records.assignment(message).config)
+    base, knowledge = base_of(config), records.read_knowledge(message)
+    text, picture = records.read_question(message)
+    image = Pixels(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))) if picture else None
+    router = find(config.strategy.name).router(knowledge)
+    answerer = Answerer(base, knowledge, router, config.lora.alpha / config.lora.rank)
+    answers = answerer.answer([Example("question", text, "", image)], 0, 1, config.train.max_length)
+    return records.answer_reply(answers.texts[0], answers.weights[0].tolist(), message)
+
+
+def world(at: Assignment) -> tuple[RunConfig, BaseModel, Scenario]:
+    """The run's config, base model and scenario, cached in the process.
+
+    Raises:
+        BadInput: the server's adapters have another layout than this base model.
+    """
+    config = read_config(at.config)
+    base = base_of(config)
+    if at.layout and at.layout != base.layout.hash:
+        raise BadInput(f"layout: the server's adapters are {at.layout}, this base model's are {base.layout.hash}")
+    return config, base, scenario_of(at.config)
+
+
+@lru_cache(maxsize=4)
+def read_config(text: str) -> RunConfig:
+    """A config from a message."""
+    tree = json.loads(text)
+    return from_dict(tree, find(tree["strategy"]["name"]).config_type)
+
+
+def base_of(config: RunConfig) -> BaseModel:
+    """The process's base model; the actor's thread count is set before the first kernel runs."""
+    torch.set_num_threads(config.federation.threads)
+    return load_base(json.dumps(vars(config.model)), json.dumps(vars(config.lora)))
+
+
+@lru_cache(maxsize=2)
+def scenario_of(text: str) -> Scenario:
+    config = read_config(text)
+    return scenarios.build(config.scenario, config.federation.clients, config.seed)
+
+
+def share(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Example]:
+    """The examples of this client-round: the client's share of its tasks, or the part-th of `parts` draws from it.
+
+    Draws are without replacement until the pool is exhausted, then a new order begins (joint training). A pool
+    smaller than `parts` gives one example at a time.
+    """
+    pool = scenario.share(at.tasks, at.binding.partition)
+    if not pool:
+        raise BadInput(f"client {at.binding.partition}: has no examples of tasks {list(at.tasks)}")
+    if at.parts == 1:
+        return pool
+    size = max(1, len(pool) // at.parts)
+    draws = len(pool) // size
+    cycle, part = divmod(at.part, draws)
+    order = generator(config.seed, "pool", at.binding.partition, cycle).permutation(len(pool))
+    last = len(pool) if part == draws - 1 else (part + 1) * size
+    return [pool[row] for row in order[part * size : last]]
+
+
+def _seed(config: RunConfig, at: Assignment, name: str) -> int:
+    return derive(config.seed, name, at.binding.stage, at.binding.round, at.binding.partition)

@@ -1,0 +1,124 @@
+"""LoRA with a client dimension: C clients' adapters on one frozen base, or K subspaces mixed per input, in one forward.
+
+The base model is never changed: a forward hook on each adapted Linear adds its delta while the bank is open.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedstrata.client.model import BaseModel
+from fedstrata.core.adapters import Flat, Layout
+
+# A client's factors lie side by side in its row of the flat buffer, so a factor's [C, …] view has gaps; autograd adds
+# into such a gradient as it is and only remarks on it.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+
+
+@dataclass
+class Cohort:
+    """C clients' adapters as leaves of autograd: views into `flat` [C, size], gradients into `gradient` [C, size].
+
+    Rows of the forward pass are client-major: client c owns rows c·b … (c+1)·b. Only the first `active` clients take
+    part, so that clients with fewer steps drop out by being sorted last.
+    """
+
+    flat: torch.Tensor
+    gradient: torch.Tensor
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer → A [C, r, in], B [C, out, r]
+    scaling: float
+    active: int
+
+    @staticmethod
+    def of(flats: Sequence[Flat], layout: Layout, scaling: float, device: torch.device, dtype: torch.dtype) -> "Cohort":
+        flat = torch.from_numpy(np.stack(flats)).to(device, dtype)
+        gradient = torch.zeros_like(flat)
+        rank, start, factors = layout.rank(flats[0]), 0, {}
+        for name, out, inner in layout.modules:
+            middle, end = start + rank * inner, start + rank * (inner + out)
+            factors[name] = (
+                _leaf(flat, gradient, slice(start, middle), (rank, inner)),
+                _leaf(flat, gradient, slice(middle, end), (out, rank)),
+            )
+            start = end
+        return Cohort(flat, gradient, factors, scaling, len(flats))
+
+    def named(self, which: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{layer.lora_A or layer.lora_B: [active, …]} of `flat` or `gradient`, for the hooks of a local half."""
+        views, start = {}, 0
+        for name, (a, b) in self.factors.items():
+            for label, factor in ((f"{name}.lora_A", a), (f"{name}.lora_B", b)):
+                end = start + factor[0].numel()
+                views[label] = which[: self.active, start:end].view(self.active, *factor.shape[1:])
+                start = end
+        return views
+
+    def delta(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """out + γ B_c A_c x for the rows of each client c."""
+        a, b = (factor[: self.active] for factor in self.factors[name])
+        rows = x.reshape(self.active, -1, x.shape[-1]).to(a.dtype)
+        hidden = torch.bmm(rows, a.transpose(1, 2))
+        base = out.reshape(self.active, -1, out.shape[-1]).to(a.dtype)
+        return torch.baddbmm(base, hidden, b.transpose(1, 2), alpha=self.scaling).view(out.shape).to(out.dtype)
+
+
+@dataclass
+class Mixture:
+    """K subspaces with concatenated ranks, mixed per input: Σ_i α_i γ B_i A_i x in one pass (DISCO's SSA)."""
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer → A [K·r, in], B [out, K·r]
+    scaling: float
+    rank: int
+    weights: torch.Tensor  # [B, 1, K·r], set for every batch
+
+    @staticmethod
+    def of(
+        flats: Sequence[Flat], layout: Layout, scaling: float, device: torch.device, dtype: torch.dtype
+    ) -> "Mixture":
+        views = [layout.split(flat) for flat in flats]
+        factors = {}
+        for name, _, _ in layout.modules:
+            a = np.concatenate([view[name][0] for view in views], axis=0)
+            b = np.concatenate([view[name][1] for view in views], axis=1)
+            factors[name] = (torch.from_numpy(a).to(device, dtype), torch.from_numpy(b).to(device, dtype))
+        rank = layout.rank(flats[0])
+        return Mixture(factors, scaling, rank, torch.ones(1, 1, rank * len(flats), device=device, dtype=dtype))
+
+    def activate(self, weights: torch.Tensor) -> None:
+        """Sets α [B, K] for the next forward passes."""
+        spread = weights.to(self.weights.device, self.weights.dtype).repeat_interleave(self.rank, dim=1)
+        self.weights = self.scaling * spread.unsqueeze(1)
+
+    def delta(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        a, b = self.factors[name]
+        return out + F.linear(F.linear(x.to(a.dtype), a) * self.weights, b).to(out.dtype)
+
+
+@contextmanager
+def adapted(base: BaseModel, bank: Cohort | Mixture | None) -> Iterator[None]:
+    """While open, the base model answers with the bank's deltas; None leaves it as it is."""
+    handles = [] if bank is None else [_hook(base.module(name), name, bank) for name in bank.factors]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(module: nn.Module, name: str, bank: Cohort | Mixture) -> torch.utils.hooks.RemovableHandle:
+    def add(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        return bank.delta(name, args[0], out)
+
+    return module.register_forward_hook(add)
+
+
+def _leaf(flat: torch.Tensor, gradient: torch.Tensor, where: slice, shape: tuple[int, int]) -> torch.Tensor:
+    leaf = flat[:, where].view(-1, *shape).requires_grad_()
+    leaf.grad = gradient[:, where].view(-1, *shape)
+    return leaf

@@ -1,0 +1,300 @@
+"""A run's configuration: frozen dataclasses, filled from defaults ← scenario defaults ← recipe ← `key=value` words.
+
+`load` is the only place that knows OmegaConf; everything behind it holds plain frozen dataclasses.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedstrata.core.errors import BadInput, unknown
+
+
+def require(holds: bool, key: str, rule: str, came: object) -> None:
+    """Raises `BadInput` naming the key, the rule and what came, unless the rule `holds`."""
+    if not holds:
+        raise BadInput(f"{key}: must be {rule}, got {came!r}")
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where the run folder is; empty: `runs/<scenario>-<strategy>-seed<seed>`, numbered when taken."""
+
+    dir: str = ""
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """What every method has; a method adds its own options by inheriting (`strategy.<option>`)."""
+
+    name: str = "disco"
+
+
+@dataclass(frozen=True)
+class ScenarioSection:
+    """What is learned, when, by whom."""
+
+    name: str = "fcit-mini"  # a packaged scenario or the path of a scenario file
+    root: str = ""  # the folder that a scenario's relative paths start from; empty: the file's own folder
+    beta: float | None = None  # Dirichlet concentration of the partition (smaller: more skew); null: the scenario's
+
+    def __post_init__(self) -> None:
+        require(
+            self.beta is None or 0 < self.beta < float("inf"), "scenario.beta", "a finite number above 0", self.beta
+        )
+
+
+@dataclass(frozen=True)
+class FederationSection:
+    """Who takes part, how often, and on which grid."""
+
+    clients: int = 20
+    clients_per_round: int = 5
+    rounds_per_stage: int = 5
+    grid: str = "ray"  # ray | inprocess | flower
+    actors: int = 0  # processes that hold a base model; 0: one per core, at most one per cohort
+    cohort_size: str = "auto"  # clients trained in one fused pass: a number, or auto (a pure function of the config)
+    threads: int = 1  # torch threads in every actor; more than 1 slows tiny models down
+    memory_budget: float = 4.0  # GB an actor may use for a cohort; bounds cohort_size=auto
+    ray_address: str = ""  # an existing Ray cluster; empty: start one on this machine
+    min_replies: int = 1  # fewer good replies than this and the round is skipped
+    max_failures: int | None = None  # more failed or rejected replies in one round end the run; null: none do
+    clip: str = "off"  # off | median (norm clipping of updates; comes with the durability work)
+    timeout: float = 3600.0  # seconds the server waits for the replies of one exchange
+
+    def __post_init__(self) -> None:
+        key = "federation."
+        require(self.clients >= 1, key + "clients", "at least 1", self.clients)
+        require(
+            1 <= self.clients_per_round <= self.clients,
+            key + "clients_per_round",
+            f"between 1 and federation.clients ({self.clients})",
+            self.clients_per_round,
+        )
+        require(self.rounds_per_stage >= 1, key + "rounds_per_stage", "at least 1", self.rounds_per_stage)
+        require(self.grid in ("ray", "inprocess", "flower"), key + "grid", "ray, inprocess or flower", self.grid)
+        require(self.actors >= 0, key + "actors", "at least 0", self.actors)
+        good = self.cohort_size == "auto" or (self.cohort_size.isdecimal() and int(self.cohort_size) >= 1)
+        require(good, key + "cohort_size", "auto or a number of at least 1", self.cohort_size)
+        require(self.threads >= 1, key + "threads", "at least 1", self.threads)
+        require(self.memory_budget > 0, key + "memory_budget", "above 0 (GB)", self.memory_budget)
+        require(
+            1 <= self.min_replies <= self.clients_per_round,
+            key + "min_replies",
+            f"between 1 and federation.clients_per_round ({self.clients_per_round})",
+            self.min_replies,
+        )
+        require(
+            self.max_failures is None or self.max_failures >= 0, key + "max_failures", "at least 0", self.max_failures
+        )
+        require(self.clip == "off", key + "clip", "off", self.clip)
+        require(self.timeout > 0, key + "timeout", "above 0 (seconds)", self.timeout)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The frozen base model."""
+
+    name: str = "tiny"  # the embedded base, a local folder, or a hub name (llava-hf/llava-1.5-7b-hf)
+    text_encoder: str = "base"  # the encoder shipped with the base, or a CLIP folder or hub name
+    dtype: str = "float32"  # float32 | bfloat16: of the frozen base; adapters are always float32
+    device: str = "auto"  # auto | cpu | cuda
+    attention: str = "eager"  # eager is fastest for short sequences; sdpa for long ones
+    max_new_tokens: int = 16  # of a generated answer
+
+    def __post_init__(self) -> None:
+        require(self.name != "", "model.name", "'tiny', a folder or a hub name", self.name)
+        require(self.dtype in ("float32", "bfloat16"), "model.dtype", "float32 or bfloat16", self.dtype)
+        require(self.device in ("auto", "cpu", "cuda"), "model.device", "auto, cpu or cuda", self.device)
+        require(self.attention in ("eager", "sdpa"), "model.attention", "eager or sdpa", self.attention)
+        require(self.max_new_tokens >= 1, "model.max_new_tokens", "at least 1", self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """One subspace's low-rank adapter: ΔW = (alpha / rank) · B A."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: list[str] = field(  # names of the language model's Linear layers, as PEFT's target_modules
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
+        require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
+        require(len(self.targets) > 0, "lora.targets", "a list with at least one layer name", self.targets)
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """Local training of one client in one round: a fresh AdamW, warm-up, then a constant learning rate."""
+
+    lr: float = 3e-3
+    batch_size: int = 16
+    local_epochs: int = 4
+    warmup_steps: int = 3  # step s of the warm-up runs at lr · s / warmup_steps, so no step has learning rate 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # per client; 0: no clipping
+    max_length: int = 512  # tokens of an example, image tokens included; longer questions are refused
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "train.lr", "above 0", self.lr)
+        for key in ("batch_size", "local_epochs", "max_length"):
+            require(getattr(self, key) >= 1, f"train.{key}", "at least 1", getattr(self, key))
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            require(getattr(self, key) >= 0, f"train.{key}", "at least 0", getattr(self, key))
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """How the accuracy matrix is scored."""
+
+    split: str = "test"  # test | val; tune on val, report on test
+    shard: int = 50  # examples of one evaluate message: fixed, so that scores do not depend on the actors
+    batch_size: int = 50
+
+    def __post_init__(self) -> None:
+        require(self.split in ("test", "val"), "evaluate.split", "test or val", self.split)
+        require(self.shard >= 1, "evaluate.shard", "at least 1", self.shard)
+        require(self.batch_size >= 1, "evaluate.batch_size", "at least 1", self.batch_size)
+
+
+@dataclass(frozen=True)
+class TrackSection:
+    """Experiment tracking; events.jsonl is always written."""
+
+    wandb: str = "disabled"  # disabled | offline | online
+    project: str = "fedstrata"
+
+    def __post_init__(self) -> None:
+        modes = ("disabled", "offline", "online")
+        require(self.wandb in modes, "track.wandb", ", ".join(modes), self.wandb)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run. Two runs with equal configs have equal results."""
+
+    seed: int = 0
+    run: RunSection = field(default_factory=RunSection)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    scenario: ScenarioSection = field(default_factory=ScenarioSection)
+    federation: FederationSection = field(default_factory=FederationSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    track: TrackSection = field(default_factory=TrackSection)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", "at least 0", self.seed)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars, for YAML, JSON and the wire."""
+    return dataclasses.asdict(config)
+
+
+def parse_words(words: Sequence[str]) -> dict[str, Any]:
+    """`["lora.rank=4"]` → `{"lora": {"rank": 4}}`; values are read as YAML."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator or not key.strip("."):
+            raise BadInput(f"{word!r}: expected key=value, for example lora.rank=4")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except (ValueError, yaml.YAMLError) as error:
+            raise BadInput(f"{key}: {text!r} is not a YAML value ({error.__class__.__name__})") from error
+        _put(tree, key.split("."), value)
+    return tree
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    node = tree
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise BadInput(f"{'.'.join(path)}: {part} is given a value and a key at once")
+    node[path[-1]] = value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises `BadInput` naming the file for anything else."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise BadInput(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: must hold a mapping of keys to values, got {type(tree).__name__}")
+    return tree
+
+
+def build(layers: Sequence[Mapping[str, Any]], strategy_type: type[StrategyConfig] = StrategyConfig) -> RunConfig:
+    """Merges `layers` (later ones win) over the defaults, with the method's own options as `strategy`.
+
+    Raises:
+        BadInput: unknown key, wrong type or out of range; one message with the key, the rule and what came.
+    """
+    schema = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(schema, True)
+    _unfreeze(schema)
+    schema.strategy = OmegaConf.structured(strategy_type)
+    _unfreeze(schema)
+    config: DictConfig = schema
+    for layer in layers:
+        _check_keys(layer, RunConfig, strategy_type, "")
+        try:
+            config = cast(DictConfig, OmegaConf.merge(config, _plain(layer)))
+        except OmegaConfBaseException as error:
+            key = error.full_key or "config"
+            raise BadInput(f"{key}: {str(error).splitlines()[0]}") from error
+    return cast(RunConfig, OmegaConf.to_object(config))
+
+
+def from_dict(tree: Mapping[str, Any], strategy_type: type[StrategyConfig] = StrategyConfig) -> RunConfig:
+    """The inverse of `to_dict`."""
+    return build([tree], strategy_type)
+
+
+def _plain(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """cohort_size may be written as a number."""
+    tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in layer.items()}
+    size = tree.get("federation", {}).get("cohort_size") if isinstance(tree.get("federation"), dict) else None
+    if isinstance(size, int) and not isinstance(size, bool):
+        tree["federation"]["cohort_size"] = str(size)
+    return tree
+
+
+def _unfreeze(node: DictConfig) -> None:
+    """Frozen dataclasses become read-only nodes, which refuse a merge; the objects made at the end are frozen again."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        if isinstance(node[key], DictConfig):
+            _unfreeze(node[key])
+
+
+def _check_keys(tree: Mapping[str, Any], kind: type, strategy_type: type, prefix: str) -> None:
+    """Unknown keys are refused with near matches, before OmegaConf refuses them without."""
+    hints = get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in hints:
+            raise unknown(f"{prefix}{key}", str(key), hints)
+        inner = strategy_type if key == "strategy" and not prefix else hints[key]
+        if dataclasses.is_dataclass(inner):
+            if not isinstance(value, Mapping):
+                names = ", ".join(get_type_hints(inner))
+                raise BadInput(f"{prefix}{key}: must be a mapping with keys among {names}, got {value!r}")
+            _check_keys(value, cast(type, inner), strategy_type, f"{prefix}{key}.")
+        elif value is None and not (isinstance(inner, types.UnionType) and type(None) in get_args(inner)):
+            raise BadInput(f"{prefix}{key}: must not be null")

@@ -1,0 +1,269 @@
+"""What travels between server and clients: typed values ↔ Flower messages. The only place where wire keys are spelled.
+
+Every message carries `meta`: which run, stage, round and partition it belongs to, and the run's resolved config as
+JSON (a client in a container has no server files). A reply repeats the binding, so that no reply can enter another
+round. A train reply has exactly one ArrayRecord and one MetricRecord, so Flower's own strategies average it unchanged.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedstrata.core.adapters import Flat
+from fedstrata.core.identity import Token, Vector
+
+TRAIN, EVALUATE = "train", "evaluate"
+IDENTIFY, DESCRIBE, ASK = "query.identify", "query.describe", "query.ask"
+ARRAYS, ROUTER, CONFIG, META, METRICS = "arrays", "router", "config", "meta", "metrics"
+FLAT, TOKEN, TOKENS, COUNT = "flat", "token", "tokens", "num-examples"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What one message belongs to. Stage and round count from 1; 0: outside the rounds."""
+
+    run: str = ""
+    stage: int = 0
+    round: int = 0
+    partition: int = -1
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one participant works on: its share of `tasks`, or the part-th of `parts` equal draws from it (joint)."""
+
+    binding: Binding
+    tasks: tuple[int, ...] = ()
+    part: int = 0
+    parts: int = 1
+    config: str = ""  # the run's resolved config, JSON
+    layout: str = ""  # hash of the layout both sides must share
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """Train this adapter on that share. `options` are the strategy's own scalars (for example the subspace)."""
+
+    assignment: Assignment
+    flat: Flat
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """The trained adapter; loss is the mean over the client's optimiser steps, seconds its training time."""
+
+    binding: Binding
+    flat: Flat
+    count: int
+    loss: float
+    steps: int
+    seconds: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What answers at inference: K flat adapters of one rank and, for a router, their K tokens [K, D]."""
+
+    adapters: tuple[Flat, ...]
+    tokens: Vector = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The examples start..stop of one task's split, to be scored."""
+
+    task: int
+    start: int
+    stop: int
+    split: str
+
+
+@dataclass(frozen=True)
+class ScoreReply:
+    """`correct` is a sum of scores, `hits[i]` counts the examples whose heaviest subspace was i."""
+
+    correct: float
+    count: int
+    in_vocabulary: int
+    hits: tuple[int, ...]
+    predictions: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the server must know of the base model, which only clients hold."""
+
+    partition: int
+    layout: str
+    base: str
+    base_hash: str
+    encoder: str
+    dim: int
+    tau: float
+    epsilon: float
+
+
+def arrays(**named: np.ndarray) -> ArrayRecord:
+    return ArrayRecord({name: Array(value) for name, value in named.items()})
+
+
+def to_meta(value: Assignment) -> ConfigRecord:
+    fields = {**asdict(value.binding), **{k: v for k, v in asdict(value).items() if k != "binding"}}
+    return ConfigRecord({key: list(item) if isinstance(item, tuple) else item for key, item in fields.items()})
+
+
+def assignment(message: Message) -> Assignment:
+    """The assignment in a message's meta. Raises KeyError when it carries none."""
+    meta = message.content.config_records[META]
+    return Assignment(
+        binding(message),
+        tuple(cast(list[int], meta["tasks"])),
+        cast(int, meta["part"]),
+        cast(int, meta["parts"]),
+        cast(str, meta["config"]),
+        cast(str, meta["layout"]),
+    )
+
+
+def binding(message: Message) -> Binding:
+    """The binding in a message's meta. Raises KeyError when it carries none."""
+    meta = message.content.config_records[META]
+    run, stage, round_, partition = (meta[key] for key in ("run", "stage", "round", "partition"))
+    return Binding(str(run), cast(int, stage), cast(int, round_), cast(int, partition))
+
+
+def address(message: Message, meta: Assignment) -> Message:
+    """The same message with `meta` added; records that clients share are not copied."""
+    records = {key: message.content[key] for key in message.content if key != META}
+    content = RecordDict({**records, META: to_meta(meta)})
+    return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
+
+
+def train_content(flat: ArrayRecord, options: Mapping[str, Any]) -> RecordDict:
+    """A strategy's train message; clients that get the same adapter share one ArrayRecord."""
+    return RecordDict({ARRAYS: flat, CONFIG: ConfigRecord(dict(options))})
+
+
+def train_task(message: Message) -> TrainTask:
+    config = message.content.config_records.get(CONFIG, ConfigRecord())
+    flat = message.content.array_records[ARRAYS][FLAT].numpy()
+    return TrainTask(assignment(message), flat, dict(config))
+
+
+def train_reply(reply: TrainReply, request: Message) -> Message:
+    meta = ConfigRecord({**asdict(reply.binding), **{f"option.{k}": v for k, v in reply.options.items()}})
+    metrics: dict[str, Any] = {COUNT: reply.count, "loss": reply.loss, "steps": reply.steps, "seconds": reply.seconds}
+    content = RecordDict({ARRAYS: arrays(flat=reply.flat), METRICS: MetricRecord(metrics), META: meta})
+    return Message(content, reply_to=request)
+
+
+def read_train_reply(message: Message) -> TrainReply:
+    """Raises KeyError or ValueError when a record or key is missing; values are checked by the server's gate."""
+    metrics = message.content.metric_records[METRICS]
+    meta = message.content.config_records[META]
+    options = {key.removeprefix("option."): value for key, value in meta.items() if key.startswith("option.")}
+    flat = message.content.array_records[ARRAYS][FLAT].numpy()
+    count, steps = (int(cast(int, metrics[key])) for key in (COUNT, "steps"))
+    loss, seconds = (float(cast(float, metrics[key])) for key in ("loss", "seconds"))
+    return TrainReply(binding(message), flat, count, loss, steps, seconds, options)
+
+
+def token_reply(token: Token, at: Binding, request: Message) -> Message:
+    metrics = MetricRecord({COUNT: token.count})
+    content = RecordDict({ARRAYS: arrays(token=token.value), METRICS: metrics, META: ConfigRecord(asdict(at))})
+    return Message(content, reply_to=request)
+
+
+def read_token(message: Message) -> Token:
+    value = message.content.array_records[ARRAYS][TOKEN].numpy()
+    return Token(value, int(cast(int, message.content.metric_records[METRICS][COUNT])))
+
+
+def knowledge_content(knowledge: Knowledge) -> RecordDict:
+    """The part of an evaluate message that all shards share."""
+    flats = ArrayRecord({f"{FLAT}.{index}": Array(flat) for index, flat in enumerate(knowledge.adapters)})
+    options = ConfigRecord(dict(knowledge.options))
+    return RecordDict({ARRAYS: flats, ROUTER: arrays(tokens=knowledge.tokens), CONFIG: options})
+
+
+def read_knowledge(message: Message) -> Knowledge:
+    flats = message.content.array_records[ARRAYS]
+    adapters = tuple(flats[f"{FLAT}.{index}"].numpy() for index in range(len(flats)))
+    tokens = message.content.array_records[ROUTER][TOKENS].numpy()
+    return Knowledge(adapters, tokens, dict(message.content.config_records[CONFIG]))
+
+
+def with_shard(content: RecordDict, shard: Shard) -> RecordDict:
+    return RecordDict({**{key: content[key] for key in content}, "shard": ConfigRecord(asdict(shard))})
+
+
+def read_shard(message: Message) -> Shard:
+    record = message.content.config_records["shard"]
+    task, start, stop = (cast(int, record[key]) for key in ("task", "start", "stop"))
+    return Shard(task, start, stop, str(record["split"]))
+
+
+def score_reply(reply: ScoreReply, at: Binding, request: Message) -> Message:
+    metrics: dict[str, Any] = {"correct": reply.correct, COUNT: reply.count, "in-vocabulary": reply.in_vocabulary}
+    metrics["hits"] = list(reply.hits)
+    meta = ConfigRecord({**asdict(at), "predictions": json.dumps(reply.predictions)})
+    return Message(RecordDict({METRICS: MetricRecord(metrics), META: meta}), reply_to=request)
+
+
+def read_scores(message: Message) -> ScoreReply:
+    metrics = message.content.metric_records[METRICS]
+    hits = tuple(cast(list[int], metrics["hits"]))
+    predictions = tuple(json.loads(str(message.content.config_records[META]["predictions"])))
+    correct, count, known = (metrics[key] for key in ("correct", COUNT, "in-vocabulary"))
+    return ScoreReply(float(cast(float, correct)), cast(int, count), cast(int, known), hits, predictions)
+
+
+def with_question(content: RecordDict, text: str, image: bytes) -> RecordDict:
+    """One instruction with its picture (PNG bytes, empty for none) beside the knowledge that answers it."""
+    question = ConfigRecord({"text": text, "image": image})
+    return RecordDict({**{key: content[key] for key in content}, "question": question})
+
+
+def read_question(message: Message) -> tuple[str, bytes]:
+    record = message.content.config_records["question"]
+    return str(record["text"]), cast(bytes, record["image"])
+
+
+def answer_reply(text: str, weights: Sequence[float], request: Message) -> Message:
+    return Message(RecordDict({META: ConfigRecord({"text": text, "weights": list(weights)})}), reply_to=request)
+
+
+def read_answer(message: Message) -> tuple[str, list[float]]:
+    record = message.content.config_records[META]
+    return str(record["text"]), cast(list[float], record["weights"])
+
+
+def description_reply(value: Description, request: Message) -> Message:
+    return Message(RecordDict({META: ConfigRecord(asdict(value))}), reply_to=request)
+
+
+def read_description(message: Message) -> Description:
+    return Description(**cast(dict[str, Any], dict(message.content.config_records[META])))
+
+
+def tensor_bytes(messages: Sequence[Message]) -> int:
+    """Raw tensor bytes in these messages: the figure reported as bytes_up, bytes_down and bytes_eval."""
+    records = [
+        record for message in messages if message.has_content() for record in message.content.array_records.values()
+    ]
+    return sum(_size(array) for record in records for array in record.values())
+
+
+def _size(array: Array) -> int:
+    return int(np.dtype(array.dtype).itemsize * np.prod(array.shape, dtype=np.int64))
+
+
+def rebind(meta: Assignment, **changes: Any) -> Assignment:
+    return replace(meta, binding=replace(meta.binding, **changes))

@@ -1,0 +1,193 @@
+"""The scenario file: a strict YAML schema, read and checked without touching any data."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedstrata.core.config import RunConfig, read_yaml, require
+from fedstrata.core.errors import BadInput, unknown
+from fedstrata.core.scoring import SCORERS
+from fedstrata.scenarios.partition import PartitionRule
+from fedstrata.scenarios.schema import expect, fill, listing, mapping
+
+Indices = tuple[tuple[int, ...], ...]
+MOST_GENERATED = 20_000  # a split; the generators draw until they have as many different examples
+FORMATS = ("llava",)
+ARRIVALS = ("stages",)
+KEYS = ("tasks", "stages", "assign", "partition", "arrival", "root", "defaults")
+NOT_DEFAULTS = ("seed", "run")  # they belong to a run, never to a scenario
+
+
+@dataclass(frozen=True)
+class GeneratedTask:
+    """A task drawn from the run's seed: `generate` names generator and task; the counts are examples a split."""
+
+    generate: str
+    train: int = 1200
+    val: int = 100
+    test: int = 150
+    metric: str = "exact_match"
+
+    def __post_init__(self) -> None:
+        for key, least in (("train", 1), ("val", 0), ("test", 1)):
+            count = getattr(self, key)
+            require(least <= count <= MOST_GENERATED, key, f"between {least} and {MOST_GENERATED:,}", count)
+        _check_name("metric", self.metric, tuple(SCORERS))
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """A task of instruction files; without `val`, rows of `train` are held out for validation."""
+
+    train: str
+    test: str
+    val: str | None = None
+    images: str | None = None  # a folder or a .zip file
+    format: str = "llava"
+    metric: str = "exact_match"
+    suffix: str = ""
+    train_rows: int | None = None
+    test_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("train_rows", "test_rows"):
+            count = getattr(self, key)
+            require(count is None or count >= 1, key, "at least 1", count)
+        _check_name("format", self.format, FORMATS)
+        _check_name("metric", self.metric, tuple(SCORERS))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """When data becomes known to its clients. `stages`: all data of a stage at its beginning."""
+
+    kind: str = "stages"
+
+    def __post_init__(self) -> None:
+        _check_name("kind", self.kind, ARRIVALS)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A checked scenario file. `stages` and `assign` hold indices into `tasks`, as in `stream.Scenario`."""
+
+    path: Path
+    tasks: Mapping[str, GeneratedTask | FileTask]
+    stages: Indices
+    assign: Indices | None
+    partition: PartitionRule = field(default_factory=PartitionRule)
+    arrival: Arrival = field(default_factory=Arrival)
+    root: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder(self, override: str = "") -> Path:
+        """Where relative paths start: `override` (scenario.root), else the file's `root`, else the file's own folder.
+
+        Raises:
+            BadInput: there is no such folder, or `root` names an environment variable that is not set.
+        """
+        key = "scenario.root" if override else f"{self.path}: root"
+        folder = Path(override) if override else self.path.parent / _expand(self.root, key)
+        expect(folder.is_dir(), key, "an existing folder", str(folder))
+        return folder
+
+
+def read(path: Path) -> Definition:
+    """Reads a scenario file. Raises `BadInput` with the file, the key, the rule, what came and near matches."""
+    try:
+        tree = mapping(read_yaml(path), f"{path}: top level")
+    except (ValueError, TypeError) as error:  # YAML takes 2001-99-99 for a date, which there is not
+        raise BadInput(f"{path}: not a readable YAML file: {error}") from error
+    for key in tree:
+        _check_name(f"{path}: {key}", key, KEYS)
+    tasks = _tasks(tree.get("tasks"), f"{path}: tasks")
+    assign = _assign(tree.get("assign", "homogeneous"), tuple(tasks), f"{path}: assign")
+    root = tree.get("root", "")
+    expect(isinstance(root, str), f"{path}: root", "a text", root)
+    return Definition(
+        path=path,
+        tasks=tasks,
+        stages=_stages(tree.get("stages"), assign, tuple(tasks), f"{path}: stages"),
+        assign=assign,
+        partition=fill(PartitionRule, tree.get("partition", {}), f"{path}: partition"),
+        arrival=fill(Arrival, tree.get("arrival", {}), f"{path}: arrival"),
+        root=root,
+        defaults=_defaults(tree.get("defaults", {}), f"{path}: defaults"),
+    )
+
+
+def _tasks(tree: object, where: str) -> dict[str, GeneratedTask | FileTask]:
+    blocks = mapping(tree, where)
+    expect(len(blocks) > 0, where, "a mapping with at least one task", tree)
+    return {name: _task(block, f"{where}.{name}") for name, block in blocks.items()}
+
+
+def _task(block: object, where: str) -> GeneratedTask | FileTask:
+    keys = mapping(block, where)
+    return fill(GeneratedTask, keys, where) if "generate" in keys else fill(FileTask, keys, where)
+
+
+def _assign(tree: object, names: tuple[str, ...], where: str) -> Indices | None:
+    return None if tree == "homogeneous" else _lists(tree, names, where, "homogeneous or a list of lists of task names")
+
+
+def _stages(tree: object, assign: Indices | None, names: tuple[str, ...], where: str) -> Indices:
+    """With `assign` the stages may be left out: those are the tasks that it gives out, and must be."""
+    given = tuple(tuple(dict.fromkeys(stage)) for stage in assign or ())
+    if tree is None and assign is not None:
+        return tuple(tuple(sorted(stage)) for stage in given)
+    stages = _lists(tree, names, where, "a list of lists of task names, one list a stage")
+    for number, stage in enumerate(stages, 1):
+        expect(len(set(stage)) == len(stage), f"{where}: stage {number}", "a list without repeats", _join(stage, names))
+    if assign is not None and [set(stage) for stage in stages] != [set(stage) for stage in given]:
+        raise BadInput(f"{where}: must list, stage by stage, the tasks that assign gives out (or be left out)")
+    return stages
+
+
+def _lists(tree: object, names: tuple[str, ...], where: str, rule: str) -> Indices:
+    lists = [listing(entry, where, rule) for entry in listing(tree, where, rule)]
+    return tuple(tuple(_index(name, names, where) for name in entry) for entry in lists)
+
+
+def _index(name: object, names: tuple[str, ...], where: str) -> int:
+    expect(isinstance(name, str), where, "lists of task names", name)
+    _check_name(where, str(name), names)
+    return names.index(str(name))
+
+
+def _defaults(tree: object, where: str) -> Mapping[str, Any]:
+    """Section and key names are checked here, values when the run's config is built."""
+    sections = mapping(tree, where)
+    hints = {key: hint for key, hint in get_type_hints(RunConfig).items() if key not in NOT_DEFAULTS}
+    for name, section in sections.items():
+        _check_name(f"{where}.{name}", name, tuple(hints))
+        keys = mapping(section, f"{where}.{name}")
+        expect(name != "scenario" or "name" not in keys, f"{where}.scenario", "without name", keys)
+        if name != "strategy" and is_dataclass(hints[name]):  # a method adds options of its own
+            for key in keys:
+                _check_name(f"{where}.{name}.{key}", key, tuple(entry.name for entry in fields(hints[name])))
+    return sections
+
+
+def _expand(text: str, where: str) -> str:
+    """Puts the environment's value in the place of one `${NAME}`."""
+    found = re.search(r"\$\{(\w+)\}", text)
+    if found is None:
+        return text
+    value = os.environ.get(found[1], "")
+    if not value:
+        hint = f"set it to the folder with the data: export {found[1]}=/path/to/data"
+        raise BadInput(f"{where}: the environment variable {found[1]} is not set; {hint}")
+    return text[: found.start()] + value + text[found.end() :]
+
+
+def _check_name(where: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise unknown(where, name, known)
+
+
+def _join(stage: tuple[int, ...], names: tuple[str, ...]) -> str:
+    return ", ".join(names[task] for task in stage)

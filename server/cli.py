@@ -1,0 +1,156 @@
+"""The command line: `fedstrata run | compare | report | list | export | ask`.
+
+Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback), 75 interrupted and resumable.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedstrata.core.errors import BadInput, FedstrataError
+
+for key, value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(key, value)  # before torch, ray and flwr are imported, which read them once
+
+cli = typer.Typer(add_completion=False, no_args_is_help=True, help="Federated continual instruction tuning.")
+console = Console()
+
+Words = Annotated[list[str] | None, typer.Argument(help="A recipe (optional), then key=value words.")]
+RunDir = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+@cli.command()
+def run(
+    words: Words = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print config, schedule and bytes; train nothing.")
+    ] = False,
+) -> None:
+    """Run a federation; without words: the embedded default (fcit-mini, homogeneous, DISCO)."""
+    from fedstrata.server import launch, plan
+    from fedstrata.server.report import matrix_table, summary_lines
+    from fedstrata.server.runfolder import RunFolder
+
+    recipe, overrides = _split(words or [])
+    config = launch.resolve(recipe, overrides)
+    if dry_run:
+        plan.show(config, console)
+        return
+    folder = launch.run(config, console)
+    finished = RunFolder(folder)
+    console.print(matrix_table(finished.matrix))
+    for line in summary_lines(finished.summary):
+        console.print(line, highlight=False)
+    console.print(f"run folder: {folder}   report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders or result JSON files.")],
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the tables as JSON.")] = None,
+) -> None:
+    """Strategies side by side: mean ± std over seeds; written as compare.md and compare.csv unless named otherwise."""
+    import json as jsonlib
+
+    from fedstrata.server.compare import compare as build
+    from fedstrata.strategies import STRATEGIES
+
+    comparison = build(runs, {name: vars(kind.config_type()) for name, kind in STRATEGIES.items()})
+    console.print(comparison.table())
+    (markdown or Path("compare.md")).write_text(comparison.markdown(), encoding="utf-8")
+    (csv or Path("compare.csv")).write_text(comparison.csv(), encoding="utf-8")
+    if json:
+        json.write_text(jsonlib.dumps(comparison.json(), indent=1), encoding="utf-8")
+    console.print(f"written: {markdown or 'compare.md'}, {csv or 'compare.csv'}", highlight=False)
+
+
+@cli.command()
+def report(run_dir: RunDir) -> None:
+    """Rebuild report.html from the run folder alone."""
+    from fedstrata.server.report import write_report
+
+    console.print(str(write_report(run_dir)), highlight=False, soft_wrap=True)
+
+
+@cli.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="strategies, scenarios or models; empty: all.")] = "") -> None:
+    """What is there to choose from."""
+    from fedstrata.server import catalogue
+
+    catalogue.show(what, console)
+
+
+@cli.command()
+def export(
+    run_dir: RunDir, to: Annotated[Path, typer.Option(help="A new folder for the PEFT adapters and the router.")]
+) -> None:
+    """One PEFT folder per subspace, and the router: tokens, τ, ε, encoder, base id and hash."""
+    from fedstrata.server.export import export as write
+
+    console.print(f"exported: {', '.join(write(run_dir, to))} to {to}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def ask(
+    run_dir: RunDir,
+    text: Annotated[str, typer.Argument(help="The instruction.")],
+    image: Annotated[Path | None, typer.Option(help="A picture for it.")] = None,
+) -> None:
+    """Answer one instruction with a run's knowledge; prints the answer and the weights α of the subspaces."""
+    from fedstrata.server.ask import ask as answer
+
+    reply = answer(run_dir, text, image)
+    console.print(reply.text, highlight=False, markup=False)
+    for name, weight in reply.weights:
+        console.print(f"  α {weight:.3f}  {name}", highlight=False, markup=False)
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """A first word without `=` is the recipe."""
+    if words and "=" not in words[0]:
+        return words[0], words[1:]
+    return "", words
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        cli(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except FedstrataError as error:
+        Console(stderr=True).print(f"[bold red]{_title(error)}[/bold red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(75)
+    except Exception as error:
+        _other(error)
+
+
+def _title(error: FedstrataError) -> str:
+    return "bad input:" if isinstance(error, BadInput) else "failed:"
+
+
+def _other(error: Exception) -> None:
+    """Usage errors of the command line itself are bad input too; the rest is a bug and shows its traceback."""
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        sys.exit(2)
+    raise error

@@ -1,0 +1,245 @@
+"""From words on a command line to a finished run folder."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from flwr.serverapp import Grid
+from rich.console import Console
+
+from fedstrata import scenarios
+from fedstrata.core import config as configuration
+from fedstrata.core.adapters import Layout
+from fedstrata.core.config import RunConfig
+from fedstrata.core.errors import BadInput, FedstrataError, Interrupted, unknown
+from fedstrata.core.metrics import AccuracyMatrix
+from fedstrata.core.records import Description
+from fedstrata.core.tracking import open_tracker, plain
+from fedstrata.scenarios.stream import Scenario
+from fedstrata.server import checkpoint
+from fedstrata.server.display import Display
+from fedstrata.server.exchange import describe, find_roster
+from fedstrata.server.federation import Federation
+from fedstrata.server.grids import InProcessGrid, LocalGrid
+from fedstrata.server.progress import Progress
+from fedstrata.server.raygrid import RayGrid
+from fedstrata.server.report import write_report
+from fedstrata.server.results import config_hash
+from fedstrata.server.summary import summarise
+from fedstrata.strategies import find
+from fedstrata.strategies.base import Setup, Strategy
+
+MAX_AUTO_COHORT = 16
+
+
+def resolve(recipe: str, words: Sequence[str]) -> RunConfig:
+    """defaults ← the scenario's defaults ← recipe ← words.
+
+    recipe: empty, a packaged scenario's name, a scenario file or a YAML of config keys.
+    """
+    layers = [_recipe(recipe), configuration.parse_words(words)]
+    name = _last(layers, "scenario", "name", configuration.ScenarioSection.name)
+    layers.insert(0, scenarios.defaults(name))
+    strategy = find(_last(layers, "strategy", "name", configuration.StrategyConfig.name))
+    return configuration.build(layers, strategy.config_type)
+
+
+def _recipe(recipe: str) -> dict[str, Any]:
+    if not recipe:
+        return {}
+    if recipe in scenarios.catalogue():
+        return {"scenario": {"name": recipe}}
+    path = Path(recipe)
+    if not path.is_file():
+        raise BadInput(f"{unknown('recipe', recipe, scenarios.catalogue())}; and there is no file of this name")
+    if scenarios.is_scenario_file(path):
+        return {"scenario": {"name": str(path.resolve())}}
+    return configuration.read_yaml(path)
+
+
+def _last(layers: Sequence[dict[str, Any]], section: str, key: str, default: str) -> str:
+    found = [layer[section].get(key) for layer in layers if isinstance(layer.get(section), dict)]
+    return str(next((value for value in reversed(found) if value is not None), default))
+
+
+def prepare(config: RunConfig, grid: Grid | None = None) -> "Prepared":
+    """Everything a run needs, checked, before a run folder exists.
+
+    Raises:
+        BadInput: a mistake in the config, the scenario's data or the base model.
+    """
+    scenario = scenarios.build(config.scenario, config.federation.clients, config.seed)
+    return Prepared(config, scenario, grid or open_grid(config), owned=grid is None)
+
+
+class Prepared:
+    """A run that could start: its scenario, its grid and what the clients say of the base model."""
+
+    def __init__(self, config: RunConfig, scenario: Scenario, grid: Grid, owned: bool) -> None:
+        self.config, self.scenario, self.grid, self.owned = config, scenario, grid, owned
+        self.run_id = config_hash(configuration.to_dict(config))[:16]
+        self.config_json = json.dumps(on_the_wire(config))
+        try:
+            self.roster = find_roster(grid, self.config_json, self.run_id)
+            self.description = describe(grid, next(iter(self.roster.values())), self.config_json, self.run_id)
+        except BaseException:
+            self.close()
+            raise
+        self.layout = Layout.from_json(self.description.layout)
+        if isinstance(grid, InProcessGrid | RayGrid):
+            grid.cohort_size = cohort_size(config, self.layout)
+
+    def strategy(self) -> Strategy:
+        """A fresh strategy."""
+        told = setup(self.config, self.description, len(self.scenario.tasks))
+        return find(self.config.strategy.name)(self.config.strategy, told)
+
+    def close(self) -> None:
+        """Ends the grid, if it was started here."""
+        if self.owned and isinstance(self.grid, LocalGrid):
+            self.grid.close()
+
+
+def on_the_wire(config: RunConfig) -> dict[str, Any]:
+    """The config that clients get: where a run is written or tracked is nobody's business but the server's."""
+    return {key: value for key, value in configuration.to_dict(config).items() if key not in ("run", "track")}
+
+
+def setup(config: RunConfig, says: Description, tasks: int) -> Setup:
+    """What a strategy is told before the first stage."""
+    return Setup(config.seed, Layout.from_json(says.layout), config.lora.rank, tasks, says.tau, says.epsilon)
+
+
+def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
+    """Runs a federation to its end; returns the run folder.
+
+    Raises:
+        BadInput: before the run folder exists.
+        Interrupted: Ctrl-C; the last commit stands.
+        FedstrataError: the run failed; the last commit stands.
+    """
+    folder = _free_folder(config)
+    prepared = prepare(config, grid)
+    try:
+        return _run(prepared, folder, console)
+    finally:
+        prepared.close()
+
+
+def _run(prepared: Prepared, folder: Path, console: Console) -> Path:
+    config, scenario, strategy = prepared.config, prepared.scenario, prepared.strategy()
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = configuration.to_dict(config)
+    checkpoint.write_atomic(folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
+    tracker = open_tracker(config.track, folder, tree, folder.name)
+    display = Display(console, len(scenario.stages), config.federation.rounds_per_stage)
+    tasks = tuple(task.name for task in scenario.tasks)
+    matrix = AccuracyMatrix(tasks, scenario.stage_names, tuple(task.metric for task in scenario.tasks))
+    federation = Federation(
+        config,
+        prepared.config_json,
+        prepared.run_id,
+        scenario,
+        strategy,
+        prepared.grid,
+        prepared.roster,
+        folder,
+        tracker,
+        display,
+        Progress(matrix),
+        prepared.description.dim,
+    )
+    tracker.event("run_started", **_started(prepared, strategy))
+    status, began = "failed", time.perf_counter()
+    try:
+        federation.run()
+        status = "completed"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise Interrupted(f"{folder}: interrupted; its commits up to the last round stand") from None
+    finally:
+        display.close()
+        _finish(federation, prepared.description, status, time.perf_counter() - began)
+        write_report(folder)
+    return folder
+
+
+def _started(prepared: Prepared, strategy: Strategy) -> dict[str, Any]:
+    config = prepared.config
+    return {
+        "strategy": config.strategy.name,
+        "scenario": config.scenario.name,
+        "seed": config.seed,
+        "uses_task_identity": strategy.uses_task_identity,
+        "layout_hash": prepared.layout.hash,
+        "base": prepared.description.base,
+        "base_hash": prepared.description.base_hash,
+    }
+
+
+def _finish(federation: Federation, description: Description, status: str, wall: float) -> None:
+    federation.progress = replace(federation.progress, wall_seconds=wall)
+    summary = plain(summarise(federation, description, status))
+    checkpoint.write_atomic(federation.folder / "summary.json", json.dumps(summary, indent=1).encode())
+    federation.tracker.event("run_finished", **summary)
+    federation.tracker.close()
+
+
+def _free_folder(config: RunConfig) -> Path:
+    """The folder to write; one that holds a run is refused, an empty one accepted.
+
+    Raises:
+        BadInput: `run.dir` holds a run already, or files that are not a run's.
+    """
+    if config.run.dir:
+        folder = Path(config.run.dir)
+        if (folder / "config.yaml").exists():
+            raise BadInput(
+                f"run.dir: {folder} already holds a run; name another folder, or use: fedstrata resume {folder}"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise BadInput(f"run.dir: {folder} must be a new or an empty folder")
+        return folder
+    name = f"{Path(config.scenario.name).stem}-{config.strategy.name.rpartition(':')[2]}-seed{config.seed}"
+    choices = [Path("runs") / name, *[Path("runs") / f"{name}-{number}" for number in range(2, 10_000)]]
+    return next(path for path in choices if not path.exists())
+
+
+def open_grid(config: RunConfig) -> LocalGrid:
+    """The grid named by `federation.grid`."""
+    f = config.federation
+    if f.grid == "flower":
+        raise BadInput("federation.grid: 'flower' runs under Flower itself: flwr run . --run-config 'overrides=\"…\"'")
+    guess = math.ceil(f.clients_per_round / 2) if f.cohort_size == "auto" else int(f.cohort_size)
+    if f.grid == "inprocess":
+        return InProcessGrid(f.clients, guess)
+    actors = f.actors or max(1, min(os.cpu_count() or 1, math.ceil(f.clients_per_round / guess)))
+    devices = torch.cuda.device_count() if config.model.device != "cpu" else 0
+    return RayGrid(f.clients, guess, actors, f.threads, devices / actors, f.ray_address)
+
+
+def cohort_size(config: RunConfig, layout: Layout) -> int:
+    """`federation.cohort_size`, or for auto a pure function of config and base: never of actors or free memory.
+
+    Half of the participants, at most 16, and no more than fit into federation.memory_budget by the estimate that a
+    client holds 8 bytes per token and adapted feature, and its adapter with gradient and two moments.
+    """
+    f, t = config.federation, config.train
+    if f.cohort_size != "auto":
+        return int(f.cohort_size)
+    activations = t.batch_size * t.max_length * layout.width * 8
+    client = activations + layout.size(config.lora.rank) * 16
+    fits = int(f.memory_budget * 1e9 // client)
+    return max(1, min(math.ceil(f.clients_per_round / 2), MAX_AUTO_COHORT, fits))
+
+
+def failed(error: BaseException) -> int:
+    """The exit code an error ends the process with."""
+    return error.exit_code if isinstance(error, FedstrataError) else 1

@@ -1,0 +1,43 @@
+"""The catalogue of methods. Outsiders write `strategy.name=my_pkg.my_mod:MyStrategy` and need no entry here."""
+
+import importlib
+from collections.abc import Mapping
+
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedstrata.core.errors import BadInput, unknown
+from fedstrata.strategies.base import Strategy
+from fedstrata.strategies.controls import Oracle, RandomRoute
+from fedstrata.strategies.disco import Disco
+from fedstrata.strategies.finetune import Finetune, Joint
+from fedstrata.strategies.flower import wrap
+
+STRATEGIES: Mapping[str, type[Strategy]] = {
+    "finetune": Finetune,
+    "joint": Joint,
+    "disco": Disco,
+    "oracle": Oracle,
+    "random-route": RandomRoute,
+}
+
+
+def find(name: str) -> type[Strategy]:
+    """The class behind `strategy.name`: a name of the catalogue or `package.module:Class`.
+
+    Raises:
+        BadInput: unknown name, a module that cannot be imported, or an object that is no Flower strategy.
+    """
+    if ":" not in name:
+        if name not in STRATEGIES:
+            raise unknown("strategy.name", name, STRATEGIES)
+        return STRATEGIES[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"strategy.name: cannot load {name!r}: {error}") from error
+    if isinstance(found, type) and issubclass(found, Strategy):
+        return found
+    if isinstance(found, type) and issubclass(found, FlowerStrategy):
+        return wrap(found)
+    raise BadInput(f"strategy.name: {name!r} is no subclass of fedstrata's or Flower's Strategy")

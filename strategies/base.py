@@ -1,0 +1,190 @@
+"""What a strategy is: the server half (a Flower `Strategy`), the local half, and the router that answers at inference.
+
+A strategy owns one immutable `state`; every method that changes it replaces it. It learns that a stage began, not
+which task; only a method with `uses_task_identity = True` is told the tasks of a participant, and the report says so.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedstrata.core import records
+from fedstrata.core.adapters import Flat, Layout
+from fedstrata.core.config import StrategyConfig
+from fedstrata.core.identity import Token
+from fedstrata.core.records import Knowledge
+
+Weights = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every method is told before the first stage."""
+
+    seed: int
+    layout: Layout
+    rank: int  # r of one subspace
+    subspaces: int  # K, the number of tasks: single-adapter methods get rank K·r, as FCIT's 64 = 8 × 8
+    tau: float  # the text encoder's match threshold (a cosine)
+    epsilon: float  # the text encoder's softmax temperature
+
+
+@dataclass(frozen=True)
+class Participant:
+    """One client of this round. `token` and `tasks` are None for methods that do not ask for them."""
+
+    node: int
+    partition: int
+    token: Token | None = None
+    tasks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A state taken apart for the commit: tensors go to safetensors, facts to JSON."""
+
+    tensors: Mapping[str, npt.NDArray[Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """B inputs to be answered: identity features [B, D] (None unless asked for), task indices and example ids."""
+
+    features: npt.NDArray[np.float32] | None
+    tasks: Sequence[int]
+    ids: Sequence[str]
+
+
+class Router(Protocol):
+    """Which subspaces answer which input."""
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether `weights` reads the inputs' identity features."""
+
+    def weights(self, inputs: Inputs) -> Weights:
+        """float32 [B, K], K the number of adapters in the knowledge."""
+
+
+@dataclass(frozen=True)
+class Everything:
+    """The router of a method with one adapter: it answers everything at weight 1."""
+
+    adapters: int
+    needs_features: bool = False
+
+    def weights(self, inputs: Inputs) -> Weights:
+        return np.ones((len(inputs.ids), self.adapters), dtype=np.float32)
+
+
+class LocalHalf:
+    """The client's part of a method, for a cohort of C clients at once; every hook is optional.
+
+    Tensors carry a leading client dimension. Hooks run in this order: begin, then per step loss → on_gradients (after
+    backward, before clipping) → on_step (after the optimiser), then end.
+    """
+
+    def begin(self, ctx: Any) -> None:
+        """Before the first step."""
+
+    def loss(self, ctx: Any, batch: Any, out: Any, base_loss: torch.Tensor) -> torch.Tensor:
+        """The loss [C] to be minimised; the base loss is each client's mean answer-token cross-entropy."""
+        return base_loss
+
+    def on_gradients(self, ctx: Any, gradients: Mapping[str, torch.Tensor]) -> None:
+        """May change the gradients {name: [C, …]} in place."""
+
+    def on_step(self, ctx: Any, parameters: Mapping[str, torch.Tensor]) -> None:
+        """May change the parameters {name: [C, …]} in place."""
+
+    def end(self, ctx: Any) -> Mapping[str, torch.Tensor]:
+        """What the clients upload beside their adapters, {name: [C, …]}."""
+        return {}
+
+
+class Strategy(FlowerStrategy):
+    """One method. Subclasses give `configure_train`, `aggregate_train`, `knowledge`, the state and, if needed, `meet`."""
+
+    config_type: ClassVar[type[StrategyConfig]] = StrategyConfig
+    uses_task_identity: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = False  # ask participants for identity tokens before training
+    pooled: ClassVar[bool] = False  # participants draw from all tasks at once (the upper bound)
+    local_half: ClassVar[type[LocalHalf]] = LocalHalf
+
+    def __init__(self, options: Any, setup: Setup) -> None:
+        self.options = options
+        self.setup = setup
+        self.participants: tuple[Participant, ...] = ()
+
+    def begin_stage(self, stage: int) -> None:
+        """A stage (counted from 1) begins; which task it brings is not told."""
+
+    def end_stage(self, stage: int) -> None:
+        """A stage ends, before it is scored."""
+
+    def meet(self, participants: Sequence[Participant]) -> None:
+        """This round's participants, with their tokens if the method needs them."""
+        self.participants = tuple(participants)
+
+    def placement(self) -> Mapping[int, int]:
+        """partition → subspace that it trains this round; a participant that is missing sits this round out."""
+        return {participant.partition: 0 for participant in self.participants}
+
+    @abstractmethod
+    def knowledge(self) -> Knowledge:
+        """What answers at inference."""
+
+    @abstractmethod
+    def save(self) -> Parts:
+        """The state taken apart."""
+
+    @abstractmethod
+    def load(self, parts: Parts) -> None:
+        """The inverse of `save`."""
+
+    @property
+    @abstractmethod
+    def adapter_rank(self) -> int:
+        """Rank of one trained adapter."""
+
+    @classmethod
+    def router(cls, knowledge: Knowledge) -> Router:
+        """The client's half of inference."""
+        return Everything(len(knowledge.adapters))
+
+    # What Flower's interface asks for and the federation loop does itself.
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Scoring is the federation loop's: it cuts the test sets into shards and sends `knowledge`."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        return None
+
+    def summary(self) -> None:
+        return None
+
+
+def train_messages(
+    participants: Sequence[Participant], flats: Mapping[int, Flat], placement: Mapping[int, int], config: ConfigRecord
+) -> list[Message]:
+    """One train message per placed participant; those of one subspace share one ArrayRecord."""
+    shared = {subspace: records.arrays(flat=flat) for subspace, flat in flats.items()}
+    messages = []
+    for participant in participants:
+        if participant.partition in placement:
+            subspace = placement[participant.partition]
+            content = records.train_content(shared[subspace], {**config, "subspace": subspace})
+            messages.append(Message(content, participant.node, records.TRAIN))
+    return messages

@@ -1,0 +1,243 @@
+"""DISCO: dynamic knowledge organization and subspace selective activation.
+
+Guo et al., "Federated Continual Instruction Tuning", ICCV 2025, arXiv 2503.12897. Uses task identity: no.
+
+The server keeps a growing cache of subspaces, each a LoRA adapter with an identity token. A participant first sends
+its token; the server matches it against the cache (cosine ≥ τ) or opens a subspace; the participant trains that
+subspace alone and uploads only it. At inference every input activates the subspaces by a softmax over cosines / ε.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from fedstrata.core import records
+from fedstrata.core.adapters import Flat, fresh, weighted_mean
+from fedstrata.core.config import StrategyConfig, require
+from fedstrata.core.identity import Token, cosines, pooled
+from fedstrata.core.records import Knowledge
+from fedstrata.strategies.base import Inputs, Participant, Parts, Router, Setup, Strategy, Weights, train_messages
+
+ACTIVATIONS = ("softmax", "argmax", "cosine", "concat")
+
+
+@dataclass(frozen=True)
+class DiscoConfig(StrategyConfig):
+    """Options of DISCO. τ, ε and the text encoder are one unit: null takes the encoder's own."""
+
+    tau: float | None = None  # cosine from which a token joins a subspace; higher opens more subspaces
+    epsilon: float | None = None  # softmax temperature; lower routes harder
+    activation: str = "softmax"  # softmax | argmax | cosine | concat (the paper's ablation)
+    min_open: int = 3  # instructions a group must hold to open a subspace; a smaller group sits the round out
+
+    def __post_init__(self) -> None:
+        require(self.tau is None or -1 <= self.tau <= 1, "strategy.tau", "a cosine between -1 and 1", self.tau)
+        require(self.epsilon is None or self.epsilon > 0, "strategy.epsilon", "above 0", self.epsilon)
+        require(self.activation in ACTIVATIONS, "strategy.activation", " | ".join(ACTIVATIONS), self.activation)
+        require(self.min_open >= 1, "strategy.min_open", "at least 1", self.min_open)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """One piece of the server's knowledge; `count` is N_j, the instructions folded into the token so far."""
+
+    adapter: Flat
+    token: Token
+
+
+@dataclass(frozen=True)
+class DiscoState:
+    """The cache. It grows without limit; only filled subspaces are in it."""
+
+    subspaces: tuple[Subspace, ...] = ()
+
+    def tokens(self) -> npt.NDArray[np.float32]:
+        """[K, D]; [0, 0] while the cache is empty."""
+        rows = [subspace.token.value for subspace in self.subspaces]
+        return np.stack(rows) if rows else np.zeros((0, 0), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one participant sent back for its subspace."""
+
+    subspace: int
+    adapter: Flat
+    token: Token
+
+
+class Disco(Strategy):
+    """The server half and, through `router`, the inference half."""
+
+    config_type: ClassVar[type[StrategyConfig]] = DiscoConfig
+    needs_tokens: ClassVar[bool] = True
+
+    def __init__(self, options: Any, setup: Setup) -> None:
+        super().__init__(options, setup)
+        self.state = DiscoState()
+        self.tau = setup.tau if options.tau is None else options.tau
+        self.epsilon = setup.epsilon if options.epsilon is None else options.epsilon
+        self._placement: Mapping[int, int] = {}
+
+    @property
+    def adapter_rank(self) -> int:
+        return self.setup.rank
+
+    def meet(self, participants: Sequence[Participant]) -> None:
+        super().meet(participants)
+        tokens = [participant.token for participant in participants]
+        found = place([t for t in tokens if t is not None], self.state.tokens(), self.tau, self.options.min_open)
+        self._placement = {p.partition: j for p, j in zip(participants, found, strict=True) if j is not None}
+
+    def placement(self) -> Mapping[int, int]:
+        return self._placement
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        flats = {j: self._start(j) for j in sorted(set(self._placement.values()))}
+        return train_messages(self.participants, flats, self._placement, config)
+
+    def _start(self, subspace: int) -> Flat:
+        """A new subspace's A is drawn once, from (seed, subspace), so that its whole group shares it."""
+        if subspace < len(self.state.subspaces):
+            return self.state.subspaces[subspace].adapter
+        return fresh(self.setup.layout, self.setup.rank, self.setup.seed, subspace)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        tokens = {p.partition: p.token for p in self.participants if p.token is not None}
+        updates = []
+        for message in replies:
+            reply = records.read_train_reply(message)
+            partition = reply.binding.partition
+            token = tokens.get(partition) or Token(np.zeros(0, dtype=np.float32), reply.count)
+            updates.append(Update(self._placement[partition], reply.flat, token))
+        self.state = organise(self.state, updates)
+        return None, None
+
+    def knowledge(self) -> Knowledge:
+        adapters = tuple(subspace.adapter for subspace in self.state.subspaces)
+        options = {"epsilon": self.epsilon, "activation": self.options.activation, "tau": self.tau}
+        return Knowledge(adapters, self.state.tokens(), options)
+
+    @classmethod
+    def router(cls, knowledge: Knowledge) -> Router:
+        options = knowledge.options
+        return SelectiveActivation(knowledge.tokens, options["epsilon"], options["activation"])
+
+    def save(self) -> Parts:
+        tensors: dict[str, npt.NDArray[Any]] = {}
+        for index, subspace in enumerate(self.state.subspaces):
+            tensors[f"subspace.{index}.adapter"] = subspace.adapter
+            tensors[f"subspace.{index}.token"] = subspace.token.value
+        counts = [subspace.token.count for subspace in self.state.subspaces]
+        return Parts(tensors, {"counts": counts, "tau": self.tau, "epsilon": self.epsilon})
+
+    def load(self, parts: Parts) -> None:
+        self.tau, self.epsilon = parts.facts["tau"], parts.facts["epsilon"]
+        subspaces = []
+        for index, count in enumerate(parts.facts["counts"]):
+            adapter, token = (parts.tensors[f"subspace.{index}.{kind}"] for kind in ("adapter", "token"))
+            subspaces.append(Subspace(adapter, Token(token, count)))
+        self.state = DiscoState(tuple(subspaces))
+
+
+@dataclass(frozen=True)
+class SelectiveActivation:
+    """SSA: the router over the subspaces' tokens [K, D]."""
+
+    tokens: npt.NDArray[np.float32]
+    epsilon: float
+    activation: str
+    needs_features: bool = True
+
+    def weights(self, inputs: Inputs) -> Weights:
+        if not len(self.tokens):
+            return np.zeros((len(inputs.ids), 0), dtype=np.float32)
+        assert inputs.features is not None, "a router that needs features was given none"
+        return activate(inputs.features, self.tokens, self.epsilon, self.activation)
+
+
+def match(token: npt.ArrayLike, tokens: npt.NDArray[np.float32], tau: float) -> int | None:
+    """j* = argmax_j cos(μ, μ_j) if that cosine is at least τ, else None: the token is new."""
+    if not len(tokens):
+        return None
+    similar = cosines(np.atleast_2d(np.asarray(token)), tokens)[0]
+    best = int(similar.argmax())
+    return best if similar[best] >= tau else None
+
+
+def group(tokens: npt.ArrayLike, tau: float) -> list[list[int]]:
+    """Groups new tokens [N, D] by single linkage at τ, in the order of their first members.
+
+    The rule for chains: a ~ b and b ~ c put a, b and c into one group even where a ≁ c.
+    """
+    near = cosines(tokens, tokens) >= tau
+    label = list(range(len(near)))
+    for i in range(len(near)):
+        for j in range(i):
+            if near[i, j] and label[i] != label[j]:
+                old, new = max(label[i], label[j]), min(label[i], label[j])
+                label = [new if value == old else value for value in label]
+    return [[i for i, value in enumerate(label) if value == first] for first in sorted(set(label))]
+
+
+def place(tokens: Sequence[Token], cache: npt.NDArray[np.float32], tau: float, min_open: int) -> list[int | None]:
+    """For every participant the subspace it trains: an old one, a new one (index ≥ K), or None: it sits out.
+
+    A mean over one or two instructions can fall below τ of its own task, so a group of fewer than `min_open`
+    instructions opens nothing.
+    """
+    found = [match(token.value, cache, tau) for token in tokens]
+    unmatched = [index for index, subspace in enumerate(found) if subspace is None]
+    opened = len(cache)
+    for members in group(np.stack([tokens[i].value for i in unmatched]), tau) if unmatched else []:
+        if sum(tokens[unmatched[m]].count for m in members) >= min_open:
+            for member in members:
+                found[unmatched[member]] = opened
+            opened += 1
+    return found
+
+
+def organise(state: DiscoState, updates: Sequence[Update]) -> DiscoState:
+    """Per subspace the mean of its updates weighted by n_k; μ_j ← (N_j μ_j + Σ n_k μ_k) / (N_j + Σ n_k).
+
+    Subspaces without an update keep their bits; new ones are appended in the order of their indices.
+    """
+    subspaces = list(state.subspaces)
+    for index in sorted({update.subspace for update in updates}):
+        mine = [update for update in updates if update.subspace == index]
+        adapter = weighted_mean([update.adapter for update in mine], [update.token.count for update in mine])
+        tokens = [update.token for update in mine]
+        if index < len(state.subspaces):
+            old = state.subspaces[index]
+            subspaces[index] = replace(old, adapter=adapter, token=pooled([old.token, *tokens]))
+        else:
+            subspaces.append(Subspace(adapter, pooled(tokens)))
+    return DiscoState(tuple(subspaces))
+
+
+def activate(
+    features: npt.NDArray[np.float32], tokens: npt.NDArray[np.float32], epsilon: float, kind: str = "softmax"
+) -> Weights:
+    """α [B, K] for features [B, D] over the filled subspaces' tokens [K, D].
+
+    softmax: α_i = exp(cos_i/ε) / Σ_j exp(cos_j/ε) (the paper); argmax: the best alone; cosine: cos_i itself;
+    concat: every subspace at weight 1.
+    """
+    similar = cosines(features, tokens)
+    if kind == "softmax":
+        raised = np.exp((similar - similar.max(axis=1, keepdims=True)) / epsilon)
+        weights = raised / raised.sum(axis=1, keepdims=True)
+    elif kind == "argmax":
+        weights = np.eye(len(tokens))[similar.argmax(axis=1)]
+    else:
+        weights = similar if kind == "cosine" else np.ones_like(similar)
+    return np.asarray(weights, dtype=np.float32)

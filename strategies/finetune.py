@@ -1,0 +1,82 @@
+"""Sequential fine-tuning and joint training: the two ends between which every continual method lies.
+
+`finetune`: one LoRA, FedAvg by sample count (McMahan et al. 2017, arXiv 1602.05629), stage after stage: what a
+federation does that knows nothing of continual learning. `joint`: the same on all tasks pooled, T·R rounds: the upper
+bound. Both have rank K·r, the size of DISCO's K subspaces. Uses task identity: no.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from fedstrata.core import records
+from fedstrata.core.adapters import Flat, fresh, weighted_mean
+from fedstrata.core.config import StrategyConfig, require
+from fedstrata.core.records import Knowledge
+from fedstrata.strategies.base import Parts, Setup, Strategy, train_messages
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(StrategyConfig):
+    """Options of finetune and joint."""
+
+    name: str = "finetune"
+    subspaces: int | None = None  # the adapter's rank is subspaces · lora.rank; null: one per task of the scenario
+
+    def __post_init__(self) -> None:
+        good = self.subspaces is None or self.subspaces >= 1
+        require(good, "strategy.subspaces", "at least 1", self.subspaces)
+
+
+@dataclass(frozen=True)
+class FinetuneState:
+    """The one global adapter."""
+
+    adapter: Flat
+
+
+class Finetune(Strategy):
+    """One global adapter, averaged over the participants of each round."""
+
+    config_type: ClassVar[type[StrategyConfig]] = FinetuneConfig
+
+    def __init__(self, options: FinetuneConfig, setup: Setup) -> None:
+        super().__init__(options, setup)
+        self.state = FinetuneState(fresh(setup.layout, self.adapter_rank, setup.seed, 0))
+
+    @property
+    def adapter_rank(self) -> int:
+        return int(self.options.subspaces or self.setup.subspaces) * self.setup.rank
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        return train_messages(self.participants, {0: self.state.adapter}, self.placement(), config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        good = [records.read_train_reply(reply) for reply in replies]
+        if not good:
+            return None, None
+        mean = weighted_mean([reply.flat for reply in good], [reply.count for reply in good])
+        self.state = FinetuneState(mean)
+        return records.arrays(flat=mean), None
+
+    def knowledge(self) -> Knowledge:
+        return Knowledge((self.state.adapter,))
+
+    def save(self) -> Parts:
+        return Parts({"adapter": self.state.adapter})
+
+    def load(self, parts: Parts) -> None:
+        self.state = FinetuneState(parts.tensors["adapter"])
+
+
+class Joint(Finetune):
+    """The upper bound: every participant draws an equal 1/T share of its pooled data of all T tasks."""
+
+    pooled: ClassVar[bool] = True

@@ -1,0 +1,32 @@
+"""What every test needs: no telemetry, one torch thread, and real data where there is any."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+_SIBLING = Path(__file__).resolve().parents[2] / "shared" / "data"  # ../shared/data beside the repository
+if not os.environ.get("FEDSTRATA_REAL_DATA") and _SIBLING.is_dir():
+    os.environ["FEDSTRATA_REAL_DATA"] = str(_SIBLING)
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Tiny models are slower on several threads. Tests that need no torch do not pay for its import."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    return
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder with real instruction data; the test is skipped where there is none."""
+    folder = Path(os.environ.get("FEDSTRATA_REAL_DATA", ""))
+    if not os.environ.get("FEDSTRATA_REAL_DATA") or not (folder / "multimodal").is_dir():
+        pytest.skip("FEDSTRATA_REAL_DATA names no folder with real data")
+    return folder
