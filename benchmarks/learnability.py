@@ -21,7 +21,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from fedstrata.client.pretrain import IMAGE, collate
+from fedstrata.client.architecture import IMAGE
+from fedstrata.client.pretrain import collate
 from fedstrata.core.seeds import generator
 from fedstrata.scenarios.mini import CHANCE, MINI_TASKS, mini_task
 from fedstrata.scenarios.stream import Example, Pixels
@@ -109,7 +110,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=375)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'task':<12}" + "".join(f"{head:>10}" for head in ("chance", "zero", "at 75", "learnt", "blank", "ms/step")))
+    heads = ("chance", "zero", "at 75", "learnt", "blank", "ms/step")
+    print(f"{'task':<12}" + "".join(f"{head:>10}" for head in heads))
     for name in options.tasks:
         measure(options.base, name, options.steps)
 

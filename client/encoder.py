@@ -41,7 +41,7 @@ class TokenMeanEncoder:
         self.tau, self.epsilon = float(settings["tau"]), float(settings["epsilon"])
         self.dim, self.name = int(settings["dim"]), "base"
         if embedding.shape[1] != self.dim:
-            raise BadInput(f"{Path(folder) / SETTINGS}: dim is {self.dim}, the base's embedding has {embedding.shape[1]}")
+            raise BadInput(f"{Path(folder) / SETTINGS}: dim is {self.dim}, the base's tokens have {embedding.shape[1]}")
         self._normalize = bool(settings["normalize"])
         self._tokenizer, self._embedding = tokenizer, embedding.detach().float().cpu()
         self._center = load_file(Path(folder) / CENTER)["center"].float()
@@ -63,7 +63,7 @@ class ClipTextEncoder:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model = CLIPTextModel.from_pretrained(name, dtype=torch.float32).eval()
+            self._model: Any = CLIPTextModel.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise BadInput(f"model.text_encoder: cannot load '{name}' as a CLIP text model: {error}") from error
         self.name, self.dim = name, int(self._model.config.hidden_size)

@@ -1,9 +1,9 @@
-"""Makes the tiny base that ships in `client/tiny/`: an ordinary LLaVA folder, pre-trained on `scenarios/pretraining.py`.
+"""Makes the tiny base that ships in `client/tiny/`, an ordinary LLaVA folder, by pre-training on other tasks.
 
     python -m fedstrata.client.pretrain --out client/tiny
 
-takes about MINUTES minutes on one core (torch 2.13, fp32). fcit-mini's eight tasks take no part in it, nor in the choice of
-the text encoder's tau and epsilon.
+takes about MINUTES minutes on one core (torch 2.13, fp32). fcit-mini's eight tasks take no part in it, nor in the
+choice of the text encoder's tau and epsilon.
 """
 
 import argparse
@@ -13,96 +13,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from fedstrata.client.architecture import EOS, PAD, PATCH, make_model, make_processor, make_tokenizer
 from fedstrata.client.encoder import save_encoder, token_mean
+from fedstrata.client.tower import pixels, report, train_tower
 from fedstrata.core.seeds import derive, generator
 from fedstrata.scenarios import drawing
 from fedstrata.scenarios.pretraining import pretraining_examples, pretraining_prompts
 from fedstrata.scenarios.stream import Example
-from fedstrata.scenarios.vocabulary import WORDS
-
-SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
-PAD, BOS, EOS, IMAGE = range(4)
-PATCH, VISION, LANGUAGE = 8, (128, 4, 3), (96, 4, 4)  # hidden size, heads, layers
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' }}{% if m['content'] is string %}"
-    "{{ m['content'] }}{% else %}{% for p in m['content'] if p['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{% endif %}"
-    "{% else %}{{ ' ASSISTANT: ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{% endif %}{{ '</s>' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of `WORDS` and of the pre-training prompts is one token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    prompts = [question for questions in pretraining_prompts(0, 200).values() for question in questions]
-    text = [f" {word} {word}" for word in WORDS] + prompts + [f" {prompt}" for prompt in prompts]
-    text += [f" {example.answer}" for example in pretraining_examples(0, 2000)] + ["USER:  ASSISTANT:"] * 9
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=2, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(text, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        extra_special_tokens={"image_token": "<image>"}, model_max_length=256,
-    )
-
-
-def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pictures [32, 32] to 16 image tokens, questions through the vicuna-like chat template."""
-    side = {"height": drawing.SIZE, "width": drawing.SIZE}
-    images = CLIPImageProcessorPil(size={"shortest_edge": drawing.SIZE}, crop_size=side)
-    return LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=TEMPLATE, image_token="<image>",
-    )
-
-
-def make_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
-    """A random LLaVA. At the usual initializer range of 0.02 one this small does not learn, at 0.1 it does."""
-    torch.manual_seed(derive(seed, "base weights"))
-    hidden, heads, layers = VISION
-    vision = CLIPVisionConfig(
-        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        image_size=drawing.SIZE, patch_size=PATCH, projection_dim=hidden, initializer_range=0.1,
-    )  # fmt: skip
-    hidden, heads, layers = LANGUAGE
-    language = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.1,
-        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=language, image_token_index=IMAGE, vision_feature_layer=-1,
-        vision_feature_select_strategy="default", image_seq_length=(drawing.SIZE // PATCH) ** 2,
-        tie_word_embeddings=True, attn_implementation="eager", pad_token_id=PAD,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=24, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS
-    )
-    return model
 
 
 def encode(tokenizer: Any, example: Example) -> tuple[list[int], int]:
@@ -113,7 +34,7 @@ def encode(tokenizer: Any, example: Example) -> tuple[list[int], int]:
     return [*prompt, *answer, EOS], len(prompt)
 
 
-def collate(tokenizer: Any, processor: LlavaProcessor, examples: Sequence[Example]) -> dict[str, Tensor]:
+def collate(tokenizer: Any, processor: Any, examples: Sequence[Example]) -> dict[str, Tensor]:
     """Right-padded ids and labels [B, T] (labels on answers only) and pixels [images, 3, 32, 32]."""
     coded = [encode(tokenizer, example) for example in examples]
     shape = len(coded), max(len(ids) for ids, _ in coded)
@@ -121,14 +42,12 @@ def collate(tokenizer: Any, processor: LlavaProcessor, examples: Sequence[Exampl
     for row, (tokens, start) in enumerate(coded):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         labels[row, start : len(tokens)] = ids[row, start : len(tokens)]
-    pictures = [np.asarray(example.image.open()) for example in examples if example.image is not None]
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_processor.image_mean, processor.image_processor.image_std))
-    return {"input_ids": ids, "labels": labels, "attention_mask": (ids != PAD).long(), "pixel_values": (pixels - mean) / std}
+    attend = (ids != PAD).long()
+    return {"input_ids": ids, "labels": labels, "attention_mask": attend, "pixel_values": pixels(processor, examples)}
 
 
 def batches(seed: int, size: int, chunk: int = 64) -> Iterator[list[Example]]:
-    """Fresh examples for ever, `size` at a time; short and long answers (over eight words) come in different batches."""
+    """Fresh examples for ever, `size` at a time; answers of over eight words come in batches of their own."""
     rng, number = generator(seed, "batches"), 0
     while True:
         examples = pretraining_examples(derive(seed, "chunk", number), chunk * size)
@@ -138,7 +57,7 @@ def batches(seed: int, size: int, chunk: int = 64) -> Iterator[list[Example]]:
             yield examples[start * size : (start + 1) * size]
 
 
-def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
+def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy over answer tokens; logits are computed for these alone, they are a fifth of all."""
     labels = batch["labels"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -146,31 +65,37 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) 
     return F.cross_entropy(model.lm_head(hidden[labels >= 0]), labels[labels >= 0])
 
 
-def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, seed: int) -> None:
-    """AdamW with warm-up and a cosine to a twentieth of the peak rate; prints the loss now and then."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.98), fused=True)
+def train(model: Any, processor: Any, steps: int, seed: int) -> None:
+    """AdamW with warm-up and a cosine to a twentieth of the peak rate; prints the loss now and then.
+
+    Words that the pre-training never uses keep their random embeddings: pushed down as wrong answers, all of them would
+    drift the same way, and the text encoder could no longer tell the stream's prompts apart.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 100) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
     )
-    stream, losses, started = batches(seed, 32), list[float](), time.perf_counter()
+    used = torch.zeros(len(processor.tokenizer), 1)
+    for example in pretraining_examples(derive(seed, "used words"), 4000):
+        used[encode(processor.tokenizer, example)[0]] = 1
+    model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * used)
+    stream, losses, started = batches(seed, 16), list[float](), time.perf_counter()
     model.train()
     for step in range(steps):
         batch = collate(processor.tokenizer, processor, next(stream))
         loss = answer_loss(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         rates.step()
         losses.append(loss.item())
         if (step + 1) % 200 == 0:
-            print(f"step {step + 1}: loss {np.mean(losses[-200:]):.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+            report("language", step + 1, losses, started)
     model.eval()
 
 
-def fit_encoder(model: LlavaForConditionalGeneration, tokenizer: Any, folder: Path, normalize: bool = True) -> None:
+def fit_encoder(model: Any, tokenizer: Any, folder: Path, normalize: bool = True) -> None:
     """Chooses the text encoder's centre, tau and epsilon on pre-training prompts and writes them into `folder`.
 
     tau lies halfway between the cosines of 5-prompt clients of one task and of different tasks; epsilon is the warmest
@@ -182,7 +107,7 @@ def fit_encoder(model: LlavaForConditionalGeneration, tokenizer: Any, folder: Pa
     )
     center = phi.mean((0, 1))
     encoded = phi - center
-    clients = F.normalize(encoded.unflatten(1, (-1, 5)).mean(2), dim=-1)
+    clients = F.normalize(encoded.reshape(len(phi), -1, 5, phi.shape[-1]).mean(2), dim=-1)
     cosines = torch.einsum("acd,bed->abce", clients, clients)
     own = torch.eye(len(phi), dtype=torch.bool)
     tau = (float(cosines[own].quantile(0.01)) + float(cosines[~own].quantile(0.99))) / 2
@@ -209,6 +134,7 @@ def main() -> None:
     processor = make_processor(make_tokenizer())
     model = make_model(len(processor.tokenizer), options.seed)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} tokens")
+    train_tower(model, processor, options.steps // 2, options.seed)
     train(model, processor, options.steps, options.seed)
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)

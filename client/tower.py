@@ -1,8 +1,8 @@
 """The first half of the tiny base's pre-training: its eyes before its tongue.
 
-A small language model cannot tell an unlearned vision tower what to look for, and both wait for each other. So the tower
-and the projector first learn to make each pre-training task's answer readable by one linear map per task, a third of
-the price of a step through the language model. The linear maps are thrown away.
+A small language model cannot tell an unlearned vision tower what to look for, and both wait for each other. So the
+tower and the projector first learn to make each pre-training task's answer readable by one linear map per task, far
+cheaper per example than a step through the language model. The linear maps are thrown away.
 """
 
 import math
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedstrata.core.seeds import derive
-from fedstrata.scenarios.pretraining import COLUMNS, ROWS, pretraining_examples
+from fedstrata.scenarios.pretraining import pretraining_examples
+from fedstrata.scenarios.pretraining_pictures import COLUMNS, ROWS
 from fedstrata.scenarios.stream import Example
 
 CELLS = [f"{row} {column}" for row in ROWS for column in COLUMNS]
@@ -86,16 +87,22 @@ def train_tower(model: Any, processor: Any, steps: int, seed: int, size: int = 4
     losses, started, pool, chunk = list[float](), time.perf_counter(), list[Example](), 0
     for step in range(steps):
         while len(pool) < size:
-            pool += [e for e in pretraining_examples(derive(seed, "tower", chunk), 4096) if e.id.split("-")[0] in READABLE]
+            fresh = pretraining_examples(derive(seed, "tower", chunk), 4096)
+            pool += [example for example in fresh if example.id.split("-")[0] in READABLE]
             chunk += 1
         batch, pool = pool[:size], pool[size:]
         features = model.model.get_image_features(pixel_values=pixels(processor, batch)).pooler_output
         loss = readouts.loss(torch.stack(list(features)), batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(tower, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         rates.step()
         losses.append(loss.item())
         if (step + 1) % 200 == 0:
-            print(f"tower step {step + 1}: loss {np.mean(losses[-200:]):.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+            report("tower", step + 1, losses, started)
+
+
+def report(what: str, step: int, losses: Sequence[float], started: float) -> None:
+    """Prints the mean of the last 200 losses and the seconds since `started`."""
+    print(f"{what} step {step}: loss {np.mean(losses[-200:]):.3f}, {time.perf_counter() - started:.0f} s", flush=True)

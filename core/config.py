@@ -84,7 +84,8 @@ class FederationSection:
         good = self.cohort_size == "auto" or (self.cohort_size.isdecimal() and int(self.cohort_size) >= 1)
         require(good, key + "cohort_size", "auto or a number of at least 1", self.cohort_size)
         require(self.threads >= 1, key + "threads", "at least 1", self.threads)
-        require(self.memory_budget > 0, key + "memory_budget", "above 0 (GB)", self.memory_budget)
+        budget = self.memory_budget
+        require(0 < budget < float("inf"), key + "memory_budget", "a finite number above 0 (GB)", budget)
         require(
             1 <= self.min_replies <= self.clients_per_round,
             key + "min_replies",
@@ -129,7 +130,7 @@ class LoraSection:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
-        require(self.alpha > 0, "lora.alpha", "above 0", self.alpha)
+        require(0 < self.alpha < float("inf"), "lora.alpha", "a finite number above 0", self.alpha)
         require(len(self.targets) > 0, "lora.targets", "a list with at least one layer name", self.targets)
 
 
@@ -146,7 +147,7 @@ class TrainSection:
     max_length: int = 512  # tokens of an example, image tokens included; longer questions are refused
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "train.lr", "above 0", self.lr)
+        require(0 < self.lr < float("inf"), "train.lr", "a finite number above 0", self.lr)
         for key in ("batch_size", "local_epochs", "max_length"):
             require(getattr(self, key) >= 1, f"train.{key}", "at least 1", getattr(self, key))
         for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
@@ -247,7 +248,6 @@ def build(layers: Sequence[Mapping[str, Any]], strategy_type: type[StrategyConfi
         BadInput: unknown key, wrong type or out of range; one message with the key, the rule and what came.
     """
     schema = OmegaConf.structured(RunConfig)
-    OmegaConf.set_struct(schema, True)
     _unfreeze(schema)
     schema.strategy = OmegaConf.structured(strategy_type)
     _unfreeze(schema)
@@ -257,9 +257,17 @@ def build(layers: Sequence[Mapping[str, Any]], strategy_type: type[StrategyConfi
         try:
             config = cast(DictConfig, OmegaConf.merge(config, _plain(layer)))
         except OmegaConfBaseException as error:
-            key = error.full_key or "config"
-            raise BadInput(f"{key}: {str(error).splitlines()[0]}") from error
-    return cast(RunConfig, OmegaConf.to_object(config))
+            raise _refused(error) from error
+        except TypeError as error:  # a mapping where a list belongs; OmegaConf does not say which
+            raise BadInput(f"{', '.join(layer)}: {error}") from error
+    try:
+        return cast(RunConfig, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise _refused(error) from error
+
+
+def _refused(error: OmegaConfBaseException) -> BadInput:
+    return BadInput(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}")
 
 
 def from_dict(tree: Mapping[str, Any], strategy_type: type[StrategyConfig] = StrategyConfig) -> RunConfig:

@@ -20,6 +20,7 @@ TRAIN, EVALUATE = "train", "evaluate"
 IDENTIFY, DESCRIBE, ASK = "query.identify", "query.describe", "query.ask"
 ARRAYS, ROUTER, CONFIG, META, METRICS = "arrays", "router", "config", "meta", "metrics"
 FLAT, TOKEN, TOKENS, COUNT = "flat", "token", "tokens", "num-examples"
+TRAIN_METRICS = {COUNT, "loss", "steps", "seconds"}
 
 
 @dataclass(frozen=True)

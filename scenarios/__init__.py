@@ -19,7 +19,18 @@ from fedstrata.scenarios.definition import Definition, read
 from fedstrata.scenarios.partition import PARTITIONS, PartitionRule, Shares
 from fedstrata.scenarios.stream import Example, ImageSource, Pixels, Scenario, Task, digest
 
-__all__ = ["Example", "ImageSource", "Pixels", "Scenario", "Task", "build", "catalogue", "defaults", "is_scenario_file"]
+__all__ = [
+    "Example",
+    "ImageSource",
+    "Pixels",
+    "Scenario",
+    "Task",
+    "build",
+    "catalogue",
+    "defaults",
+    "is_scenario_file",
+    "tuned",
+]
 
 LIBRARY = Path(__file__).with_name("library")
 VERSION = 1  # of the hash: raised when equal definitions begin to mean other data
@@ -51,8 +62,13 @@ def build(section: ScenarioSection, clients: int, seed: int) -> Scenario:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """The config keys that a scenario suggests, as a layer for `fedstrata.core.config.build`. Touches no data."""
+    """The config keys that the scenario suggests, a layer for `core.config.build`; reads no data."""
     return {section: dict(keys) for section, keys in read(_find(name)).defaults.items()}
+
+
+def tuned(name: str, strategy: str) -> dict[str, Any]:
+    """What the scenario suggests for one strategy beyond `defaults`: what was chosen for it on validation data."""
+    return {section: dict(keys) for section, keys in read(_find(name)).tuned.get(strategy, {}).items()}
 
 
 def catalogue() -> dict[str, str]:

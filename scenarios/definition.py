@@ -17,7 +17,7 @@ Indices = tuple[tuple[int, ...], ...]
 MOST_GENERATED = 20_000  # a split; the generators draw until they have as many different examples
 FORMATS = ("llava",)
 ARRIVALS = ("stages",)
-KEYS = ("tasks", "stages", "assign", "partition", "arrival", "root", "defaults")
+KEYS = ("tasks", "stages", "assign", "partition", "arrival", "root", "defaults", "tuned")
 NOT_DEFAULTS = ("seed", "run")  # they belong to a run, never to a scenario
 
 
@@ -82,6 +82,7 @@ class Definition:
     arrival: Arrival = field(default_factory=Arrival)
     root: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def folder(self, override: str = "") -> Path:
         """Where relative paths start: `override` (scenario.root), else the file's `root`, else the file's own folder.
@@ -116,7 +117,13 @@ def read(path: Path) -> Definition:
         arrival=fill(Arrival, tree.get("arrival", {}), f"{path}: arrival"),
         root=root,
         defaults=_defaults(tree.get("defaults", {}), f"{path}: defaults"),
+        tuned=_tuned(tree.get("tuned", {}), f"{path}: tuned"),
     )
+
+
+def _tuned(tree: object, where: str) -> Mapping[str, Mapping[str, Any]]:
+    """{strategy: defaults}; the names of strategies are not known in this room."""
+    return {name: _defaults(block, f"{where}.{name}") for name, block in mapping(tree, where).items()}
 
 
 def _tasks(tree: object, where: str) -> dict[str, GeneratedTask | FileTask]:

@@ -5,7 +5,8 @@ on every machine. Coordinates are pixels, x to the right and y downwards, the ce
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ def canvas(colour: Colour) -> Array:
 
 def paint(picture: Array, mask: Mask, colour: Colour) -> None:
     """Colours the masked pixels of `picture`, in place."""
-    picture[mask] = colour
+    np.copyto(picture, np.array(colour, dtype=np.uint8), where=mask[..., None])
 
 
 def shape(kind: str, x: int, y: int, radius: int) -> Mask:
@@ -93,7 +94,9 @@ SHAPES = {
 
 def box(left: int, top: int, right: int, bottom: int) -> Mask:
     """A filled rectangle; all four borders belong to it."""
-    return (_X >= left) & (_X <= right) & (_Y >= top) & (_Y <= bottom)
+    mask = np.zeros((SIZE, SIZE), dtype=np.bool_)
+    mask[max(top, 0) : bottom + 1, max(left, 0) : right + 1] = True
+    return mask
 
 
 def segment(start: tuple[int, int], end: tuple[int, int], width: int = 2) -> Mask:
@@ -105,18 +108,19 @@ def segment(start: tuple[int, int], end: tuple[int, int], width: int = 2) -> Mas
     beside = 4 * (px * dy - py * dx) ** 2 <= width * width * max(length, 1)
     inside = (along >= 0) & (along <= length) & beside
     ends = [4 * ((_X - x) ** 2 + (_Y - y) ** 2) <= width * width for x, y in (start, end)]
-    return inside | ends[0] | ends[1]
+    mask: Mask = inside | ends[0] | ends[1]
+    return mask
 
 
 def polyline(points: Sequence[tuple[int, int]], width: int = 2) -> Mask:
     """Segments from each point to the next."""
     mask = np.zeros((SIZE, SIZE), dtype=np.bool_)
-    for start, end in zip(points, points[1:], strict=False):
+    for start, end in pairwise(points):
         mask |= segment(start, end, width)
     return mask
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph(letter: str) -> Mask:
     """One character of Pillow's built-in bitmap font, cropped to its ink: [height, width]."""
     mask = ImageFont.load_default_imagefont().getmask(letter)

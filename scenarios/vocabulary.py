@@ -1,10 +1,11 @@
-"""Ordinary instruction and answer words: the tiny base's tokenizer keeps each as one token, `echo` pre-trains them."""
+"""Ordinary instruction and answer words, each one token to the tiny base whether its pre-training uses it or not."""
 
 _TEXT = """
 A B C D E F G H I J K L M N O P Q R S T U V W X Y Z 0 1 2 3 4 5 6 7 8 9 yes no true false none nothing
 What Which Who Where When Why How Is Are Do Does Did Can Could Should Has Have Of The A In On At To From
 Name Tell Give Pick Choose Count Read Write Caption Compose Describe Spell Identify Judge Decide Report List
 Look Find Say State Answer Explain Compare Match Select Show Point Going Printed Measure Estimate Follow Repeat
+Please From Show Decode Seek Sample Feel charted charting listed listing end start begin
 what which who whose where when why how is are was were be been being do does did can could should would will
 has have had the a an of in on at to from by with without for and or not but than as if whether while there here
 this that these those it its they them their he she his her you your me my we our us one two three four five six

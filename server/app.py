@@ -1,12 +1,14 @@
 """The Flower ServerApp: the same federation loop on the grid that Flower hands over (`flwr run`)."""
 
+import shlex
 import time
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from fedstrata.core.errors import FedstrataError
+from fedstrata.core.config import RunConfig
+from fedstrata.core.errors import BadInput, FedstrataError
 from fedstrata.server import launch
 
 app = ServerApp()
@@ -15,12 +17,20 @@ WAIT = 120.0  # seconds for the nodes to register
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run config: `recipe` and `overrides` (key=value words), as for `fedstrata run`."""
-    words = str(context.run_config.get("overrides", "")).split()
-    config = launch.resolve(str(context.run_config.get("recipe", "")), ["federation.grid=flower", *words])
+    """Run config: `recipe` and `overrides` (key=value words, quoted as in a shell), as for `fedstrata run`."""
+    config = _config(str(context.run_config.get("recipe", "")), str(context.run_config.get("overrides", "")))
     _await_nodes(grid, config.federation.clients)
     folder = launch.run(config, Console(), grid)
     print(f"run folder: {folder.resolve()}")
+
+
+def _config(recipe: str, overrides: str) -> RunConfig:
+    """Flower serves one client per message, so every cohort is a cohort of one."""
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise BadInput(f"overrides: not words as a shell reads them ({error}), got {overrides!r}") from error
+    return launch.resolve(recipe, [*words, "federation.grid=flower", "federation.cohort_size=1"])
 
 
 def _await_nodes(grid: Grid, clients: int) -> None:

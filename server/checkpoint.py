@@ -87,9 +87,17 @@ def _read(path: Path) -> Commit | None:
 def _prune(folder: Path) -> None:
     paths = sorted(folder.glob("[0-9]*.json"))
     for path in paths[:-KEEP]:
-        if not json.loads(path.read_text(encoding="utf-8")).get("keep"):
+        if not _kept(path):
             path.unlink()
             path.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def _kept(path: Path) -> bool:
+    """Whether a manifest says so; one that cannot be read stays for good, as evidence."""
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["keep"])
+    except (ValueError, KeyError, TypeError):
+        return True
 
 
 def write_atomic(path: Path, data: bytes) -> None:

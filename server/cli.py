@@ -3,7 +3,6 @@
 Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback), 75 interrupted and resumable.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,17 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedstrata.core.errors import BadInput, FedstrataError
-
-for key, value in {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "OMP_NUM_THREADS": "1",
-}.items():
-    os.environ.setdefault(key, value)  # before torch, ray and flwr are imported, which read them once
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help="Federated continual instruction tuning.")
 console = Console()

@@ -8,6 +8,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedstrata.core import records
+from fedstrata.core.errors import FedstrataError
 from fedstrata.core.records import Assignment
 from fedstrata.server.gate import Expected, Rejected, pass_replies
 
@@ -63,15 +64,23 @@ def questions(seats: Sequence[Seat], kind: str) -> list[Message]:
 
 
 def find_roster(grid: Grid, config: str, run: str) -> Mapping[int, int]:
-    """partition id → node id; a grid that is not ours is asked node by node."""
+    """partition id → node id; a grid that is not ours is asked node by node.
+
+    Raises:
+        FedstrataError: a client cannot describe its base model, or the partitions are not 0 … clients - 1, one each.
+    """
     if hasattr(grid, "roster"):
         return dict(grid.roster)
     replies = _describe(grid, list(grid.get_node_ids()), config, run)
-    return {records.read_description(reply).partition: reply.metadata.src_node_id for reply in replies}
+    found = [(records.read_description(reply).partition, reply.metadata.src_node_id) for reply in replies]
+    if sorted(partition for partition, _ in found) != list(range(len(found))):
+        came = sorted(partition for partition, _ in found)
+        raise FedstrataError(f"partition-id: the {len(found)} clients must hold 0 … {len(found) - 1}, got {came}")
+    return dict(found)
 
 
 def describe(grid: Grid, node: int, config: str, run: str) -> records.Description:
-    """What one client says of the base model. Raises RuntimeError with the client's reason when it cannot."""
+    """What one client says of the base model. Raises FedstrataError with the client's reason when it cannot."""
     replies = _describe(grid, [node], config, run)
     return records.read_description(replies[0])
 
@@ -82,5 +91,5 @@ def _describe(grid: Grid, nodes: Sequence[int], config: str, run: str) -> list[M
     replies: list[Any] = list(grid.send_and_receive(sent))
     for reply in replies:
         if reply.has_error():
-            raise RuntimeError(f"a client cannot describe its base model: {reply.error.reason}")
+            raise FedstrataError(f"a client cannot describe its base model: {reply.error.reason}")
     return replies

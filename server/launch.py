@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from flwr.serverapp import Grid
 from rich.console import Console
@@ -24,6 +23,7 @@ from fedstrata.core.records import Description
 from fedstrata.core.tracking import open_tracker, plain
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server import checkpoint
+from fedstrata.server.chronicle import Chronicle
 from fedstrata.server.display import Display
 from fedstrata.server.exchange import describe, find_roster
 from fedstrata.server.federation import Federation
@@ -40,15 +40,16 @@ MAX_AUTO_COHORT = 16
 
 
 def resolve(recipe: str, words: Sequence[str]) -> RunConfig:
-    """defaults ← the scenario's defaults ← recipe ← words.
+    """defaults ← the scenario's defaults, and those tuned for the strategy ← recipe ← words.
 
     recipe: empty, a packaged scenario's name, a scenario file or a YAML of config keys.
     """
     layers = [_recipe(recipe), configuration.parse_words(words)]
     name = _last(layers, "scenario", "name", configuration.ScenarioSection.name)
     layers.insert(0, scenarios.defaults(name))
-    strategy = find(_last(layers, "strategy", "name", configuration.StrategyConfig.name))
-    return configuration.build(layers, strategy.config_type)
+    strategy = _last(layers, "strategy", "name", configuration.StrategyConfig.name)
+    layers.insert(1, scenarios.tuned(name, strategy))
+    return configuration.build(layers, find(strategy).config_type)
 
 
 def _recipe(recipe: str) -> dict[str, Any]:
@@ -151,8 +152,7 @@ def _run(prepared: Prepared, folder: Path, console: Console) -> Path:
         prepared.grid,
         prepared.roster,
         folder,
-        tracker,
-        display,
+        Chronicle(tracker, display, scenario, strategy),
         Progress(matrix),
         prepared.description.dim,
     )
@@ -188,8 +188,8 @@ def _finish(federation: Federation, description: Description, status: str, wall:
     federation.progress = replace(federation.progress, wall_seconds=wall)
     summary = plain(summarise(federation, description, status))
     checkpoint.write_atomic(federation.folder / "summary.json", json.dumps(summary, indent=1).encode())
-    federation.tracker.event("run_finished", **summary)
-    federation.tracker.close()
+    federation.chronicle.tracker.event("run_finished", **summary)
+    federation.chronicle.tracker.close()
 
 
 def _free_folder(config: RunConfig) -> Path:
@@ -221,8 +221,7 @@ def open_grid(config: RunConfig) -> LocalGrid:
     if f.grid == "inprocess":
         return InProcessGrid(f.clients, guess)
     actors = f.actors or max(1, min(os.cpu_count() or 1, math.ceil(f.clients_per_round / guess)))
-    devices = torch.cuda.device_count() if config.model.device != "cpu" else 0
-    return RayGrid(f.clients, guess, actors, f.threads, devices / actors, f.ray_address)
+    return RayGrid(f.clients, guess, actors, f.threads, config.model.device != "cpu", f.ray_address)
 
 
 def cohort_size(config: RunConfig, layout: Layout) -> int:

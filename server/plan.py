@@ -9,7 +9,7 @@ from rich.table import Table
 from fedstrata.core.config import RunConfig, to_dict
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server import launch
-from fedstrata.server.federation import draw
+from fedstrata.server.participation import draw
 from fedstrata.server.report import human_bytes
 from fedstrata.server.scoring import cut
 

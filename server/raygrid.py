@@ -7,7 +7,6 @@ actor is replaced and its unit served again: a client-round is a pure function o
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -50,15 +49,18 @@ class RayGrid(LocalGrid):
         cohort_size: int,
         actors: int,
         threads: int = 1,
-        gpus: float = 0.0,
+        gpus: bool = False,
         address: str = "",
         client_app: str = CLIENT_APP,
     ) -> None:
+        """`gpus`: whether the cluster's GPUs are shared out among the actors, at most one to each."""
         super().__init__(clients)
         self.cohort_size = cohort_size
-        self._make = ray.remote(num_cpus=1, num_gpus=gpus)(Worker).options(max_restarts=0)
-        self._arguments = (client_app, threads)
         start_ray(actors, address)
+        found = ray.cluster_resources() if gpus else {}  # type: ignore[no-untyped-call]
+        share = min(1.0, found.get("GPU", 0.0) / actors)
+        self._make = ray.remote(num_cpus=1, num_gpus=share)(Worker).options(max_restarts=0)
+        self._arguments = (client_app, threads)
         self._actors = [self._new_actor() for _ in range(actors)]
 
     def _new_actor(self) -> Any:
@@ -159,10 +161,6 @@ def start_ray(actors: int, address: str) -> None:
     if address:
         ray.init(address=address, log_to_driver=False)
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(
         num_cpus=actors,
         include_dashboard=False,

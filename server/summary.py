@@ -3,17 +3,16 @@
 from statistics import fmean
 from typing import Any
 
-from fedstrata.core.identity import cosine
 from fedstrata.core.records import Description
 from fedstrata.server.checkpoint import state_sha256
+from fedstrata.server.chronicle import between
 from fedstrata.server.federation import Federation
 
 
 def summarise(federation: Federation, description: Description, status: str) -> dict[str, Any]:
     """The summary of a run as it stands; undefined values are None."""
     progress, strategy, config = federation.progress, federation.strategy, federation.config
-    matrix, tokens = progress.matrix, strategy.knowledge().tokens
-    between = [cosine(tokens[i], tokens[j]) for i in range(len(tokens)) for j in range(i)]
+    matrix, near = progress.matrix, between(strategy.knowledge().tokens)
     rates = [rate for rate in (matrix.vocabulary[-1] if matrix.vocabulary else ()) if rate is not None]
     return {
         "version": 1,
@@ -40,7 +39,7 @@ def summarise(federation: Federation, description: Description, status: str) -> 
         "subspaces": len(strategy.knowledge().adapters),
         "lora_rank": config.lora.rank,
         "adapter_rank": strategy.adapter_rank,
-        "cosine_between": max(between) if between else None,
+        "cosine_between": max(near) if near else None,
         "base": description.base,
         "base_hash": description.base_hash,
         "text_encoder": description.encoder or None,

@@ -34,7 +34,7 @@ def find(name: str) -> type[Strategy]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise BadInput(f"strategy.name: cannot load {name!r}: {error}") from error
     if isinstance(found, type) and issubclass(found, Strategy):
         return found

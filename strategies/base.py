@@ -7,11 +7,10 @@ which task; only a method with `uses_task_identity = True` is told the tasks of 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -21,6 +20,9 @@ from fedstrata.core.adapters import Flat, Layout
 from fedstrata.core.config import StrategyConfig
 from fedstrata.core.identity import Token
 from fedstrata.core.records import Knowledge
+
+if TYPE_CHECKING:  # the server half needs no torch, and its import takes seconds
+    from torch import Tensor
 
 Weights = npt.NDArray[np.float32]
 
@@ -96,23 +98,23 @@ class LocalHalf:
     def begin(self, ctx: Any) -> None:
         """Before the first step."""
 
-    def loss(self, ctx: Any, batch: Any, out: Any, base_loss: torch.Tensor) -> torch.Tensor:
+    def loss(self, ctx: Any, batch: Any, out: Any, base_loss: "Tensor") -> "Tensor":
         """The loss [C] to be minimised; the base loss is each client's mean answer-token cross-entropy."""
         return base_loss
 
-    def on_gradients(self, ctx: Any, gradients: Mapping[str, torch.Tensor]) -> None:
+    def on_gradients(self, ctx: Any, gradients: Mapping[str, "Tensor"]) -> None:
         """May change the gradients {name: [C, …]} in place."""
 
-    def on_step(self, ctx: Any, parameters: Mapping[str, torch.Tensor]) -> None:
+    def on_step(self, ctx: Any, parameters: Mapping[str, "Tensor"]) -> None:
         """May change the parameters {name: [C, …]} in place."""
 
-    def end(self, ctx: Any) -> Mapping[str, torch.Tensor]:
+    def end(self, ctx: Any) -> Mapping[str, "Tensor"]:
         """What the clients upload beside their adapters, {name: [C, …]}."""
         return {}
 
 
 class Strategy(FlowerStrategy):
-    """One method. Subclasses give `configure_train`, `aggregate_train`, `knowledge`, the state and, if needed, `meet`."""
+    """One method. Subclasses give `configure_train`, `aggregate_train`, `knowledge`, `save`, `load`, perhaps `meet`."""
 
     config_type: ClassVar[type[StrategyConfig]] = StrategyConfig
     uses_task_identity: ClassVar[bool] = False

@@ -4,11 +4,12 @@
 `random-route` trains as DISCO does and routes every input to one subspace drawn at random. Uses task identity: no.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedstrata.core.records import Knowledge
 from fedstrata.core.seeds import generator
@@ -28,10 +29,24 @@ class Oracle(Disco):
 
     def meet(self, participants: Sequence[Participant]) -> None:
         self.participants = tuple(participants)
+        self.owners = self.owners[: len(self.state.subspaces)]  # what an earlier round announced and nobody filled
         for task in dict.fromkeys(participant.tasks[0] for participant in participants if participant.tasks):
             if task not in self.owners:
                 self.owners += (task,)
         self._placement = {p.partition: self.owners.index(p.tasks[0]) for p in participants if p.tasks}
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        result = super().aggregate_train(server_round, replies)
+        tasks = {
+            self._placement[p.partition]: p.tasks[0]
+            for p in self.participants
+            if p.partition in self._placement and p.tasks
+        }
+        filled = range(len(self.state.subspaces))
+        self.owners = tuple(tasks[j] if j in tasks else self.owners[j] for j in filled)
+        return result
 
     def knowledge(self) -> Knowledge:
         known = super().knowledge()
@@ -43,7 +58,7 @@ class Oracle(Disco):
 
     def save(self) -> Parts:
         parts = super().save()
-        return replace(parts, facts={**parts.facts, "owners": list(self.owners)})
+        return replace(parts, facts={**parts.facts, "owners": list(self.owners[: len(self.state.subspaces)])})
 
     def load(self, parts: Parts) -> None:
         super().load(parts)

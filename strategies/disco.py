@@ -119,7 +119,11 @@ class Disco(Strategy):
             partition = reply.binding.partition
             token = tokens.get(partition) or Token(np.zeros(0, dtype=np.float32), reply.count)
             updates.append(Update(self._placement[partition], reply.flat, token))
+        known = len(self.state.subspaces)
         self.state = organise(self.state, updates)
+        filled = sorted({update.subspace for update in updates if update.subspace >= known})
+        number = {**{j: j for j in range(known)}, **{j: known + i for i, j in enumerate(filled)}}
+        self._placement = {p: number[j] for p, j in self._placement.items() if j in number}
         return None, None
 
     def knowledge(self) -> Knowledge:
@@ -209,7 +213,8 @@ def place(tokens: Sequence[Token], cache: npt.NDArray[np.float32], tau: float, m
 def organise(state: DiscoState, updates: Sequence[Update]) -> DiscoState:
     """Per subspace the mean of its updates weighted by n_k; μ_j ← (N_j μ_j + Σ n_k μ_k) / (N_j + Σ n_k).
 
-    Subspaces without an update keep their bits; new ones are appended in the order of their indices.
+    Subspaces without an update keep their bits; new ones are appended in the order of their indices, and one that
+    nobody filled leaves no gap.
     """
     subspaces = list(state.subspaces)
     for index in sorted({update.subspace for update in updates}):

@@ -1,0 +1,91 @@
+"""What is told of a run while it goes on: events for the tracker, lines for the display."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedstrata.core.identity import Token, cosine
+from fedstrata.core.records import TrainReply
+from fedstrata.core.tracking import Tracker
+from fedstrata.scenarios.stream import Scenario
+from fedstrata.server.display import Display
+from fedstrata.server.exchange import Ledger, Seat
+from fedstrata.server.progress import Progress
+from fedstrata.strategies.base import Strategy, Weights
+
+Done = Sequence[tuple[Seat, TrainReply]]
+
+
+class Chronicle:
+    """One run's teller."""
+
+    def __init__(self, tracker: Tracker, display: Display, scenario: Scenario, strategy: Strategy) -> None:
+        self.tracker, self.display, self.scenario, self.strategy = tracker, display, scenario, strategy
+        self._near: list[float] = []  # this stage's cosines between participants' tokens and their subspaces'
+
+    def stage(self, stage: int) -> None:
+        """A stage begins."""
+        names = [self.scenario.tasks[task].name for task in self.scenario.stages[stage - 1]]
+        self._near = []
+        self.tracker.event("stage_started", stage=stage, tasks=names)
+        self.display.stage(stage, names)
+
+    def round(
+        self,
+        stage: int,
+        round_: int,
+        done: Done,
+        tokens: Mapping[int, Token],
+        ledger: Ledger,
+        opened: Sequence[int],
+        skipped: bool,
+        seconds: float,
+    ) -> None:
+        """A round ended; `tokens` are its participants' by partition, `opened` the subspaces that are new."""
+        rows = [self._row(seat, reply, tokens.get(seat.partition)) for seat, reply in done]
+        total = sum(row["samples"] for row in rows)
+        loss = sum(row["loss"] * row["samples"] for row in rows) / total if total else None
+        for bad in ledger.rejected:
+            self.tracker.event("rejected", stage=stage, round=round_, client=bad.partition, reason=bad.reason)
+        self.tracker.event(
+            "round",
+            stage=stage,
+            round=round_,
+            participants=rows,
+            loss=loss,
+            bytes_up=ledger.up,
+            bytes_down=ledger.down,
+            seconds=seconds,
+            train_seconds=sum(reply.seconds for _, reply in done),
+            opened=list(opened),
+            skipped=skipped,
+        )
+        self.display.round(stage, round_, [row["client"] for row in rows], loss, len(ledger.rejected), skipped)
+
+    def _row(self, seat: Seat, reply: TrainReply, token: Token | None) -> dict[str, Any]:
+        subspace = self.strategy.placement().get(seat.partition, 0)
+        tokens = self.strategy.knowledge().tokens
+        if token is not None and subspace < len(tokens):
+            self._near.append(cosine(token.value, tokens[subspace]))
+        tasks = [self.scenario.tasks[task].name for task in seat.assignment.tasks]
+        row = {"client": seat.partition, "tasks": tasks, "subspace": subspace}
+        return {**row, "samples": reply.count, "steps": reply.steps, "loss": reply.loss}
+
+    def scored(self, stage: int, progress: Progress, routing: Mapping[str, Sequence[int]], seconds: float) -> None:
+        """A row was added to the accuracy matrix; `routing` counts {task: examples per heaviest subspace}."""
+        matrix = progress.matrix
+        self.tracker.event(
+            "stage_scored",
+            stage=stage,
+            scores=matrix.final,
+            vocabulary=dict(zip(matrix.tasks, matrix.vocabulary[-1], strict=True)),
+            routing=routing,
+            cosines={"within": self._near, "between": between(self.strategy.knowledge().tokens)},
+            bytes_eval=progress.bytes_eval,
+            seconds=seconds,
+        )
+        self.display.scored(stage, matrix)
+
+
+def between(tokens: Weights) -> list[float]:
+    """The cosines between every two of the tokens [K, D]."""
+    return [cosine(tokens[i], tokens[j]) for i in range(len(tokens)) for j in range(i)]

@@ -1,0 +1,127 @@
+"""Flat adapters: every expected vector is written out by hand."""
+
+import numpy as np
+import pytest
+
+from fedstrata.core.adapters import Flat, Layout, fresh, weighted_mean
+
+TWO = Layout((("first", 2, 3), ("second", 1, 2)))  # (name, out, in): 5 + 3 = 8 parameters per unit of rank
+
+
+def flat(*values: float) -> Flat:
+    return np.array(values, dtype=np.float32)
+
+
+def test_a_flat_adapter_is_a_then_b_row_major_layer_after_layer() -> None:
+    whole = np.arange(16, dtype=np.float32)
+    views = TWO.split(whole)
+    a, b = views["first"]
+    assert a.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert b.tolist() == [[6, 7], [8, 9]]
+    a, b = views["second"]
+    assert a.tolist() == [[10, 11], [12, 13]]
+    assert b.tolist() == [[14, 15]]
+
+
+def test_join_undoes_split_whatever_the_order_of_the_names() -> None:
+    whole = np.arange(24, dtype=np.float32)
+    views = TWO.split(whole)
+    joined = TWO.join(dict(reversed(views.items())))
+    assert joined.dtype == np.float32
+    assert joined.tolist() == whole.tolist()
+
+
+def test_split_gives_views_and_no_copies() -> None:
+    whole = np.zeros(8, dtype=np.float32)
+    TWO.split(whole)["second"][1][0, 0] = 5
+    assert whole.tolist() == [0, 0, 0, 0, 0, 0, 0, 5]
+
+
+def test_width_size_and_rank_by_hand() -> None:
+    assert TWO.width == 8
+    assert TWO.size(3) == 24
+    assert TWO.rank(np.zeros(24, dtype=np.float32)) == 3
+
+
+@pytest.mark.parametrize("length", [0, 7, 9, 23])
+def test_a_length_that_fits_no_rank_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=f"a multiple of 8 parameters, got {length}"):
+        TWO.split(np.zeros(length, dtype=np.float32))
+
+
+def test_weighted_mean_by_hand() -> None:
+    # (1·1 + 3·5) / 4 = 4 and (1·2 + 3·(−2)) / 4 = −1
+    mean = weighted_mean([flat(1, 2), flat(5, -2)], [1, 3])
+    assert mean.tolist() == [4, -1]
+    assert mean.dtype == np.float32
+
+
+def test_the_mean_of_one_is_itself_bit_for_bit() -> None:
+    one = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    assert weighted_mean([one], [7]).tobytes() == one.tobytes()
+
+
+def test_scaling_all_weights_changes_nothing() -> None:
+    flats = [flat(1, 2), flat(5, -2)]
+    assert weighted_mean(flats, [1, 3]).tolist() == weighted_mean(flats, [10, 30]).tolist()
+
+
+def test_replies_in_any_order_have_one_mean_once_sorted() -> None:
+    rng = np.random.default_rng(1)
+    replies = [(partition, rng.normal(size=200).astype(np.float32), partition + 1) for partition in range(9)]
+
+    def mean(order: list[int]) -> bytes:
+        came = sorted((replies[i] for i in order), key=lambda reply: reply[0])
+        return weighted_mean([f for _, f, _ in came], [w for _, _, w in came]).tobytes()
+
+    expected = mean(list(range(9)))
+    assert all(mean(rng.permutation(9).tolist()) == expected for _ in range(5))
+
+
+def test_the_mean_is_summed_in_more_than_float32() -> None:
+    # float32 has a spacing of 8 at 10⁸: summed in it, the three ones would be lost
+    flats = [flat(1e8), flat(1), flat(1), flat(1), flat(-1e8)]
+    assert weighted_mean(flats, [1] * 5).tolist() == pytest.approx([0.6])
+
+
+@pytest.mark.parametrize("weights", [[0, 0], [1], [1, 1, 1], [1, -1]])
+def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="one weight per adapter"):
+        weighted_mean([flat(1), flat(2)], weights)
+
+
+def test_a_fresh_adapter_changes_nothing_yet() -> None:
+    views = TWO.split(fresh(TWO, 4, 0, 0))
+    for name, _, inner in TWO.modules:
+        a, b = views[name]
+        assert not b.any()
+        assert a.any()
+        assert np.abs(a).max() <= 1 / np.sqrt(inner)
+        assert np.abs(a).max() > 0.5 / np.sqrt(inner)  # 8 or more uniform draws, the largest in the upper half
+
+
+def test_a_fresh_adapter_is_a_pure_function_of_seed_and_names() -> None:
+    first = fresh(TWO, 2, 3, "x", 1)
+    assert first.tobytes() == fresh(TWO, 2, 3, "x", 1).tobytes()
+    assert first.dtype == np.float32
+    for other in (fresh(TWO, 2, 4, "x", 1), fresh(TWO, 2, 3, "x", 2), fresh(TWO, 2, 3, "y", 1)):
+        assert not np.array_equal(first, other)
+
+
+def test_a_layout_survives_the_way_through_json() -> None:
+    again = Layout.from_json(TWO.to_json())
+    assert again == TWO
+    assert again.hash == TWO.hash
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Layout((("first", 2, 3),)),
+        Layout((("first", 3, 2), ("second", 1, 2))),  # as many parameters, other shapes
+        Layout((("first", 2, 3), ("third", 1, 2))),
+        Layout((("second", 1, 2), ("first", 2, 3))),
+    ],
+)
+def test_any_difference_between_layouts_shows_in_the_hash(other: Layout) -> None:
+    assert other.hash != TWO.hash

@@ -1,0 +1,131 @@
+"""The federation's small functions: who takes part, how often, and how much data that is."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedstrata.client.app import share
+from fedstrata.core.config import FederationSection, RunConfig
+from fedstrata.core.records import Assignment, Binding
+from fedstrata.scenarios.stream import Example, Scenario, Task
+from fedstrata.server.federation import draw, share_size, visits
+
+CONFIG = RunConfig(federation=FederationSection(clients=20, clients_per_round=5, rounds_per_stage=4))
+
+
+def scenario(*sizes: int) -> Scenario:
+    """One client; task t holds `sizes[t]` examples named t-0, t-1, …, all of them the client's."""
+    tasks = tuple(
+        Task(f"task-{t}", tuple(Example(f"{t}-{row}", "?", "!") for row in range(size)), ())
+        for t, size in enumerate(sizes)
+    )
+    shares = tuple((tuple(range(size)),) for size in sizes)
+    stages = tuple((t,) for t in range(len(sizes)))
+    return Scenario("made", tasks, stages, None, shares, (frozenset(),) * len(sizes), None, 0, "")
+
+
+def drawn(pool: Scenario, part: int, parts: int, config: RunConfig = CONFIG) -> list[str]:
+    """The ids of the part-th of `parts` draws from the pooled data of client 0."""
+    at = Assignment(Binding(partition=0), tuple(range(len(pool.tasks))), part, parts)
+    return [example.id for example in share(pool, config, at)]
+
+
+def test_a_draw_is_a_function_of_seed_stage_and_round() -> None:
+    first = draw(CONFIG, 20, 2, 3)
+    assert draw(CONFIG, 20, 2, 3) == first
+    for other in (draw(CONFIG, 20, 3, 2), draw(CONFIG, 20, 2, 4), draw(replace(CONFIG, seed=1), 20, 2, 3)):
+        assert other != first
+
+
+def test_a_draw_takes_each_client_once_at_most() -> None:
+    for round_ in range(1, 50):
+        clients = draw(CONFIG, 20, 1, round_)
+        assert len(set(clients)) == len(clients) == 5
+        assert set(clients) <= set(range(20))
+
+
+def test_a_draw_from_fewer_clients_than_asked_for_takes_all() -> None:
+    assert sorted(draw(CONFIG, 3, 1, 1)) == [0, 1, 2]
+
+
+def test_every_client_is_drawn_equally_often_in_the_long_run() -> None:
+    counts = Counter(client for round_ in range(1, 801) for client in draw(CONFIG, 20, 1, round_))
+    assert sum(counts.values()) == 4000
+    assert all(130 <= counts[client] <= 270 for client in range(20))  # 200 each, five standard deviations around it
+
+
+def test_positions_are_drawn_too() -> None:
+    # a heterogeneous schedule gives tasks by position, so the first place must not always be the smallest client's
+    assert any(draw(CONFIG, 20, 1, round_) != sorted(draw(CONFIG, 20, 1, round_)) for round_ in range(1, 9))
+
+
+def test_before_the_first_round_nobody_took_part() -> None:
+    assert visits(CONFIG, 20, 1, 1) == Counter()
+
+
+def test_visits_count_all_earlier_rounds_and_not_this_one() -> None:
+    by_hand: Counter[int] = Counter()
+    for stage in (1, 2, 3):
+        for round_ in (1, 2, 3, 4):
+            assert visits(CONFIG, 20, stage, round_) == by_hand
+            by_hand.update(draw(CONFIG, 20, stage, round_))
+    assert sum(visits(CONFIG, 20, 3, 4).values()) == 11 * 5
+
+
+@pytest.mark.parametrize(
+    ("pool", "parts", "sizes"),
+    [
+        (12, 4, [3, 3, 3, 3]),
+        (14, 4, [3, 3, 3, 5]),  # the last draw of a cycle takes the rest
+        (3, 8, [1, 1, 1]),  # a pool smaller than the number of parts gives one at a time
+        (1, 8, [1]),
+        (7, 1, [7]),
+    ],
+)
+def test_one_cycle_of_draws_by_hand(pool: int, parts: int, sizes: list[int]) -> None:
+    assert [share_size(pool, part, parts) for part in range(len(sizes))] == sizes
+    assert [share_size(pool, part, parts) for part in range(len(sizes), 2 * len(sizes))] == sizes  # and again
+
+
+def test_a_client_without_data_draws_nothing() -> None:
+    assert [share_size(0, part, 8) for part in range(3)] == [0, 0, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), st.integers(1, 9), st.integers(0, 30))
+def test_the_server_knows_how_many_examples_a_client_draws(sizes: list[int], parts: int, part: int) -> None:
+    assert share_size(sum(sizes), part, parts) == len(drawn(scenario(*sizes), part, parts))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any), st.integers(2, 9), st.integers(0, 3))
+def test_every_example_of_a_pool_is_drawn_once_per_cycle(sizes: list[int], parts: int, cycle: int) -> None:
+    pool, total = scenario(*sizes), sum(sizes)
+    draws = total // max(1, total // parts)
+    ids = [name for part in range(cycle * draws, (cycle + 1) * draws) for name in drawn(pool, part, parts)]
+    assert sorted(ids) == sorted(f"{t}-{row}" for t, size in enumerate(sizes) for row in range(size))
+
+
+def test_every_cycle_has_an_order_of_its_own() -> None:
+    pool = scenario(8, 8)
+    first = [name for part in range(4) for name in drawn(pool, part, 4)]
+    second = [name for part in range(4, 8) for name in drawn(pool, part, 4)]
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_a_draw_mixes_the_tasks_of_the_pool() -> None:
+    assert {name[0] for name in drawn(scenario(20, 20), 0, 2)} == {"0", "1"}
+
+
+def test_a_client_that_draws_all_gets_its_share_in_order() -> None:
+    assert drawn(scenario(2, 1), 0, 1) == ["0-0", "0-1", "1-0"]
+
+
+def test_another_seed_draws_other_examples() -> None:
+    pool = scenario(30)
+    assert drawn(pool, 0, 3) == drawn(pool, 0, 3)
+    assert drawn(pool, 0, 3) != drawn(pool, 0, 3, replace(CONFIG, seed=1))
