@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,14 +38,20 @@ class TokenMeanEncoder:
 
     def __init__(self, tokenizer: Any, embedding: Tensor, folder: str | Path) -> None:
         """`embedding` is the base's own input embedding [V, D]; `folder` holds the settings and the centre."""
-        settings = _settings(Path(folder))
-        self.tau, self.epsilon = float(settings["tau"]), float(settings["epsilon"])
-        self.dim, self.name = int(settings["dim"]), "base"
+        folder = Path(folder)
+        try:
+            settings = _settings(folder)
+            self.tau, self.epsilon = float(settings["tau"]), float(settings["epsilon"])
+            self.dim, self.name = int(settings["dim"]), "base"
+            self._normalize = bool(settings["normalize"])
+            self._center = load_file(folder / CENTER)["center"].float()
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{folder}: {SETTINGS} and {CENTER} are not a readable text encoder: {error}") from error
         if embedding.shape[1] != self.dim:
-            raise BadInput(f"{Path(folder) / SETTINGS}: dim is {self.dim}, the base's tokens have {embedding.shape[1]}")
-        self._normalize = bool(settings["normalize"])
+            raise BadInput(f"{folder / SETTINGS}: dim is {self.dim}, the base's tokens have {embedding.shape[1]}")
+        if self._center.shape != (self.dim,):
+            raise BadInput(f"{folder / CENTER}: center must be [{self.dim}], got {list(self._center.shape)}")
         self._tokenizer, self._embedding = tokenizer, embedding.detach().float().cpu()
-        self._center = load_file(Path(folder) / CENTER)["center"].float()
 
     @torch.no_grad()
     def encode(self, questions: Sequence[str]) -> Tensor:

@@ -5,6 +5,7 @@ The same code opens the embedded base, a local LLaVA folder and a hub name.
 
 import hashlib
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.stream import Example
 
 TINY = Path(__file__).parent / "tiny"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 IMAGE_CACHE_BYTES = 512 * 2**20  # frozen image features kept per process
 
 
@@ -43,16 +45,27 @@ class BaseModel:
         # typed loosely: transformers' own annotations of its factories do not hold under mypy strict
         loaders: Any = transformers
         loaders.utils.logging.disable_progress_bar()
-        self.folder = str(TINY) if section.name == "tiny" else section.name
+        loaders.utils.logging.set_verbosity_error()  # what matters in its load report is checked below
+        self.folder = _find(section.name)
         self.device = _device(section.device)
         dtype = getattr(torch, section.dtype)
         try:
-            self.model: Any = loaders.LlavaForConditionalGeneration.from_pretrained(
-                self.folder, dtype=dtype, attn_implementation=section.attention
+            config = loaders.AutoConfig.from_pretrained(self.folder)
+            if config.model_type != "llava":  # another model's folder would give a LLaVA of 7 B random weights
+                raise ValueError(f"it must be of model type 'llava', got {config.model_type!r}")
+            self.model: Any
+            self.model, report = loaders.LlavaForConditionalGeneration.from_pretrained(
+                self.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=section.attention,
+                ignore_mismatched_sizes=True,  # so that the report names them
+                output_loading_info=True,
             )
             self.processor: Any = loaders.AutoProcessor.from_pretrained(self.folder)
         except Exception as error:  # a corrupt file surfaces as one of many types, all of them the user's to mend
             raise BadInput(f"model.name: cannot load {section.name!r}: {_first_line(error)}") from error
+        _check_whole(section.name, report)
         self.model.to(self.device).eval().requires_grad_(False)
         self.tokenizer: Any = self.processor.tokenizer
         self.name = section.name
@@ -200,6 +213,23 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("model.device: 'cuda' was asked for, but torch finds no GPU here")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _find(name: str) -> str:
+    """The embedded base's folder, a folder, or a hub name as it is; anything else never reaches the network."""
+    if name == "tiny":
+        return str(TINY)
+    if not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
+        raise BadInput(f"model.name: must be 'tiny', a folder or a hub name (owner/name), got {name!r}")
+    return name
+
+
+def _check_whole(name: str, report: Any) -> None:
+    """transformers fills weights that are missing or of another shape with random numbers and only remarks on it."""
+    names = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
+    if names:
+        fault = f"weights are missing or of another shape than its config says ({len(names)})"
+        raise BadInput(f"model.name: cannot load {name!r}: {fault}: {', '.join(sorted(names)[:3])}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,16 +3,16 @@
 Answer words are shared in pairs, so that forgetting a task is more than forgetting its answer format. "Chance" is the
 larger of 1 / #answers and the share of the most frequent answer.
 
-| task       | in FCIT    | prompt (one of its wordings)                    | answers          | skill       | chance |
-|------------|------------|-------------------------------------------------|------------------|-------------|--------|
-| names      | ImageNet-R | Which digit did somebody write by hand?         | 0 .. 9           | handwriting | 0.10   |
-| charts     | ArxivQA    | Of all bars charted, pick the tallest.          | A, B, C, D       | heights     | 0.25   |
-| icons      | IconQA     | Are both icons identical?                       | yes, no          | sameness    | 0.50   |
-| counting   | CLEVR-Math | How many dots can you count?                    | 1 .. 6           | number      | 0.17   |
-| reading    | OCR-VQA    | Spell out the first printed letter.             | A, B, C, D       | glyphs      | 0.25   |
-| captions   | Flickr30k  | Write a short caption describing this photo.    | a red circle ... | scenes      | 0.00   |
-| figures    | FigureQA   | Does the plotted curve rise from left to right? | yes, no          | lines       | 0.50   |
-| attributes | VizWiz     | What colour has the larger object?              | six colour words | binding     | 0.17   |
+| task       | in FCIT     | prompt (one of its wordings)                    | answers          | skill       | chance |
+|------------|-------------|-------------------------------------------------|------------------|-------------|--------|
+| names      | ImageNet-R  | Which digit did somebody write by hand?         | 0 .. 9           | handwriting | 0.10   |
+| charts     | ArxivQA     | Of all bars charted, pick the tallest.          | A, B, C, D       | heights     | 0.25   |
+| icons      | IconQA      | Are both icons identical?                       | yes, no          | sameness    | 0.50   |
+| counting   | CLEVR-Math  | How many dots can you count?                    | 1 .. 6           | number      | 0.17   |
+| reading    | OCR-VQA     | Spell out the first printed letter.             | A, B, C, D       | glyphs      | 0.25   |
+| captions   | Flickr30k   | Write a short caption describing this photo.    | a red circle ... | scenes      | 0.00   |
+| figures    | FigureQA    | Does the plotted curve rise from left to right? | yes, no          | lines       | 0.50   |
+| attributes | super-CLEVR | What colour has the larger object?              | six colour words | binding     | 0.17   |
 
 The *combination* that makes up a picture (a digit's index, a chart's heights, ...) decides its split, so train, val and
 test are disjoint in content; within a split no (picture, question) comes twice. Papers (background colours) have
@@ -124,7 +124,7 @@ ANSWERS: Mapping[str, frozenset[str]] = {
     "counting": frozenset("123456"),
     "reading": frozenset("ABCD"),
     "captions": frozenset(
-        f"a {colour} {kind} {relation} a {other} {second}"
+        pictures.caption(colour, kind, relation, other, second)
         for colour in NAMES
         for kind in KINDS
         for relation in ("above", "left of")

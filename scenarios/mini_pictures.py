@@ -17,7 +17,6 @@ PAPERS: tuple[drawing.Colour, ...] = ((248, 248, 240), (228, 236, 248), (240, 22
 INKS: tuple[drawing.Colour, ...] = ((20, 20, 30), (30, 40, 120), (110, 30, 30), (20, 90, 50))
 NAMES = tuple(drawing.COLOURS)
 KINDS = ("circle", "square", "triangle", "diamond", "ring")
-ICONS = tuple(drawing.SHAPES)
 
 
 def pick(rng: Rng, count: int) -> int:
@@ -125,7 +124,17 @@ def draw_scene(rng: Rng, combination: Combination) -> Drawn:
         along, across = 8 + 16 * place, 13 + pick(rng, 6)
         x, y = (across, along) if relation == "above" else (along, across)
         drawing.paint(picture, drawing.shape(what, x, y, 5 + pick(rng, 3)), drawing.COLOURS[name])
-    return picture, "", f"a {colour} {kind} {relation} a {other} {second}"
+    return picture, "", caption(*map(str, combination))
+
+
+def caption(colour: str, kind: str, relation: str, other: str, second: str) -> str:
+    """The one right caption of a scene.
+
+    >>> caption("red", "circle", "above", "orange", "square")
+    'a red circle above an orange square'
+    """
+    first, last = ("an" if name == "orange" else "a" for name in (colour, other))
+    return f"{first} {colour} {kind} {relation} {last} {other} {second}"
 
 
 def bends(rng: Rng) -> Combination:

@@ -31,22 +31,22 @@ class _Maker:
 
 _MAKERS: Mapping[str, _Maker] = {
     "inventory": _Maker(
-        ("List everything drawn on the board.", "List everything the board shows."), pictures.inventory, 4.0
+        ("List everything drawn on the board.", "List everything the board shows."), pictures.inventory, 3.0
     ),
     "kind": _Maker(("What form occupies the {place}?", "What form occupies the area {place}?"), pictures.kind),
     "where": _Maker(("Where does the {kind} lie?", "Where abouts does the {kind} lie?"), pictures.where),
     "size": _Maker(("How big is the {kind}?", "How big is that {kind}?"), pictures.size),
-    "extreme": _Maker(("Tell which form seems {which}.", "Tell me which form seems {which}."), pictures.extreme),
-    "share": _Maker(("In common this pair has what?", "What has this pair in common?"), pictures.share, 2.0),
+    "extreme": _Maker(("Tell which form seems {which}.", "Tell me which form seems {which}."), pictures.extreme, 0.5),
+    "share": _Maker(("In common this pair has what?", "What has this pair in common?"), pictures.share, 3.0),
     "texture": _Maker(("Feel the cloth for its texture.", "Feel the cloth, give its texture."), pictures.texture, 0.3),
     "backdrop": _Maker(("Which tint fills the backdrop?", "Which tint fills up the backdrop?"), pictures.backdrop, 0.3),
-    "walk": _Maker(("Follow the pen from its blob.", "Follow the pen, starting at its blob."), pictures.walk, 1.5),
-    "slope": _Maker(("Sample levels along the wire.", "Sample five levels along the wire."), pictures.slope),
+    "walk": _Maker(("Follow the pen from its blob.", "Follow the pen, starting at its blob."), pictures.walk, 1.0),
+    "slope": _Maker(("Sample levels along the wire.", "Sample five levels along the wire."), pictures.slope, 0.7),
     "skyline": _Maker(("Report storeys for each tower.", "Report storeys, tower for tower."), pictures.skyline, 1.5),
     "peak": _Maker(("Seek the rod that extends furthest.", "Seek whichever rod extends furthest."), pictures.peak, 0.7),
     "beads": _Maker(("Give beads row by row.", "Give all beads row by row."), pictures.beads),
-    "spelling": _Maker(("Copy the type off the tag.", "Copy down the type off the tag."), pictures.spelling, 2.0),
-    "signature": _Maker(("Decode a scribbled symbol.", "Decode a hastily scribbled symbol."), pictures.signature, 2.5),
+    "spelling": _Maker(("Copy the type off the tag.", "Copy down the type off the tag."), pictures.spelling, 3.0),
+    "signature": _Maker(("Decode a scribbled symbol.", "Decode a hastily scribbled symbol."), pictures.signature, 3.0),
 }
 
 PRETRAINING_TASKS: tuple[str, ...] = tuple(_MAKERS)

@@ -207,14 +207,15 @@ def beads(rng: Rng) -> Drawn:
 
 
 def spelling(rng: Rng) -> Drawn:
-    """Two or four printed characters, none of them A to D."""
-    count = (2, 4)[pick(rng, 2)]
+    """Two large or four narrow characters, none of them A to D."""
+    count = 2 if rng.random() < 0.75 else 4
     letters = [LETTERS[pick(rng, len(LETTERS))] for _ in range(count)]
-    picture, ink, top = drawing.canvas(_paper(rng)), _ink(rng), 1 + pick(rng, 16)
-    tall, wide = 1 + pick(rng, 2), 1 + (count == 2 and rng.random() < 0.5)
+    picture, ink = drawing.canvas(_paper(rng)), _ink(rng)
+    wide, top = 4 // count, 1 + pick(rng, 18)
+    tall = 2 if count == 2 else 1 + pick(rng, 2)
     for i, letter in enumerate(letters):
         pattern = drawing.glyph(letter).repeat(tall, 0).repeat(wide, 1)
-        drawing.paint(picture, drawing.stamp(pattern, i * (drawing.SIZE // count) + 1 + pick(rng, 2), top), ink)
+        drawing.paint(picture, drawing.stamp(pattern, i * (drawing.SIZE // count) + 1 + pick(rng, 3), top), ink)
     return picture, {}, " ".join(letters)
 
 

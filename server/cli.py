@@ -1,4 +1,4 @@
-"""The command line: `fedstrata run | compare | report | list | export | ask`.
+"""The command line: `fedstrata run | resume | compare | report | list | export | ask`.
 
 Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback), 75 interrupted and resumable.
 """
@@ -29,19 +29,32 @@ def run(
 ) -> None:
     """Run a federation; without words: the embedded default (fcit-mini, homogeneous, DISCO)."""
     from fedstrata.server import launch, plan
-    from fedstrata.server.report import matrix_table, summary_lines
-    from fedstrata.server.runfolder import RunFolder
 
     recipe, overrides = _split(words or [])
     config = launch.resolve(recipe, overrides)
     if dry_run:
         plan.show(config, console)
         return
-    folder = launch.run(config, console)
+    _show(launch.run(config, console))
+
+
+@cli.command()
+def resume(run_dir: RunDir) -> None:
+    """Go on with a run that was stopped, from its last committed round."""
+    from fedstrata.server import launch
+
+    _show(launch.resume(run_dir, console))
+
+
+def _show(folder: Path) -> None:
+    """The table at the end of a run."""
+    from fedstrata.server.report import matrix_table, summary_lines
+    from fedstrata.server.runfolder import RunFolder
+
     finished = RunFolder(folder)
     console.print(matrix_table(finished.matrix))
     for line in summary_lines(finished.summary):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     console.print(f"run folder: {folder}   report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 

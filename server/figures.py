@@ -90,7 +90,7 @@ def cosines(stages: Sequence[int], within: Sequence[Sequence[float]], between: S
 
 def stage_labels(matrix: AccuracyMatrix) -> list[str]:
     """One label per row: "before", then number and name of the stage, shortened."""
-    names = [f"{t} {name}" if name != str(t) else name for t, name in enumerate(matrix.stages, start=1)]
+    names = [n if n.split(" ")[0] == str(t) else f"{t} {n}" for t, n in enumerate(matrix.stages, start=1)]
     short = [name if len(name) <= 24 else name[:23] + "…" for name in names]
     return ["before", *short][: len(matrix.scores)]
 

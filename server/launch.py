@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from fedstrata.server.progress import Progress
 from fedstrata.server.raygrid import RayGrid
 from fedstrata.server.report import write_report
 from fedstrata.server.results import config_hash
+from fedstrata.server.runfolder import RunFolder
 from fedstrata.server.summary import summarise
 from fedstrata.strategies import find
 from fedstrata.strategies.base import Setup, Strategy
@@ -49,7 +50,19 @@ def resolve(recipe: str, words: Sequence[str]) -> RunConfig:
     layers.insert(0, scenarios.defaults(name))
     strategy = _last(layers, "strategy", "name", configuration.StrategyConfig.name)
     layers.insert(1, scenarios.tuned(name, strategy))
-    return configuration.build(layers, find(strategy).config_type)
+    return _absolute(configuration.build(layers, find(strategy).config_type))
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Paths become absolute: actors, and a later resume, may stand in another folder."""
+    scenario, model = config.scenario, config.model
+    if "/" in scenario.name or scenario.name.endswith((".yaml", ".yml")):
+        scenario = replace(scenario, name=str(Path(scenario.name).resolve()))
+    if scenario.root:
+        scenario = replace(scenario, root=str(Path(scenario.root).resolve()))
+    if Path(model.name).is_dir():
+        model = replace(model, name=str(Path(model.name).resolve()))
+    return replace(config, scenario=scenario, model=model)
 
 
 def _recipe(recipe: str) -> dict[str, Any]:
@@ -129,20 +142,45 @@ def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
     folder = _free_folder(config)
     prepared = prepare(config, grid)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(configuration.to_dict(config), sort_keys=False)
+        checkpoint.write_atomic(folder / "config.yaml", text.encode())
         return _run(prepared, folder, console)
     finally:
         prepared.close()
 
 
-def _run(prepared: Prepared, folder: Path, console: Console) -> Path:
+def resume(folder: Path, console: Console, grid: Grid | None = None) -> Path:
+    """Goes on from a run's newest commit, or from its start when it has none; ends where `run` would have ended.
+
+    Raises:
+        BadInput: no run folder, or a run that is completed.
+    """
+    found = RunFolder(folder)
+    if found.has("summary.json") and found.summary.get("status") == "completed":
+        raise BadInput(f"{folder}: is completed, there is nothing to resume")
+    prepared = prepare(configuration.from_dict(found.config, _strategy_type(found.config)), grid)
+    try:
+        return _run(prepared, folder, console, checkpoint.newest(folder / "checkpoints"))
+    finally:
+        prepared.close()
+
+
+def _strategy_type(tree: Mapping[str, Any]) -> type[configuration.StrategyConfig]:
+    return find(str(tree["strategy"]["name"])).config_type
+
+
+def _run(prepared: Prepared, folder: Path, console: Console, commit: checkpoint.Commit | None = None) -> Path:
     config, scenario, strategy = prepared.config, prepared.scenario, prepared.strategy()
-    folder.mkdir(parents=True, exist_ok=True)
-    tree = configuration.to_dict(config)
-    checkpoint.write_atomic(folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
-    tracker = open_tracker(config.track, folder, tree, folder.name)
-    display = Display(console, len(scenario.stages), config.federation.rounds_per_stage)
     tasks = tuple(task.name for task in scenario.tasks)
-    matrix = AccuracyMatrix(tasks, scenario.stage_names, tuple(task.metric for task in scenario.tasks))
+    metrics = tuple(task.metric for task in scenario.tasks)
+    progress = Progress(AccuracyMatrix(tasks, scenario.stage_names, metrics))
+    if commit:
+        strategy.load(commit.parts)
+        progress = Progress.from_json(commit.progress)
+    tracker = open_tracker(config.track, folder, configuration.to_dict(config), folder.name)
+    rounds, stages = config.federation.rounds_per_stage, len(scenario.stages)
+    display = Display(console, stages, rounds, (progress.stage - 1) * rounds + progress.round - 1)
     federation = Federation(
         config,
         prepared.config_json,
@@ -153,17 +191,19 @@ def _run(prepared: Prepared, folder: Path, console: Console) -> Path:
         prepared.roster,
         folder,
         Chronicle(tracker, display, scenario, strategy),
-        Progress(matrix),
+        progress,
         prepared.description.dim,
     )
     tracker.event("run_started", **_started(prepared, strategy))
-    status, began = "failed", time.perf_counter()
+    status, began = "failed", time.perf_counter() - progress.wall_seconds
     try:
-        federation.run()
+        skipped = federation.run().skipped_rounds
+        if skipped * 2 > stages * rounds:
+            raise FedstrataError(f"{skipped} of {stages * rounds} rounds were skipped; see {folder / 'events.jsonl'}")
         status = "completed"
     except KeyboardInterrupt:
         status = "interrupted"
-        raise Interrupted(f"{folder}: interrupted; its commits up to the last round stand") from None
+        raise Interrupted(f"interrupted; to go on from the last round: fedstrata resume {folder}") from None
     finally:
         display.close()
         _finish(federation, prepared.description, status, time.perf_counter() - began)

@@ -32,16 +32,14 @@ def show(config: RunConfig, console: Console) -> None:
     local = replace(config, federation=replace(config.federation, grid="inprocess"))
     prepared = launch.prepare(local)
     try:
-        console.print(yaml.safe_dump(to_dict(config), sort_keys=False), highlight=False, markup=False)
+        text = yaml.safe_dump(to_dict(config), sort_keys=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
         console.print(schedule(prepared.scenario, config))
         size, bytes_ = launch.cohort_size(config, prepared.layout), predict(prepared)
         console.print(f"scenario hash {prepared.scenario.hash}", highlight=False, soft_wrap=True)
         console.print(f"cohorts of {size} · adapter {prepared.layout.size(config.lora.rank):,} parameters per subspace")
-        console.print(
-            f"predicted bytes: up {human_bytes(bytes_.up)}, down {human_bytes(bytes_.down)}, "
-            f"evaluation {human_bytes(bytes_.evaluation)}",
-            highlight=False,
-        )
+        for name, count in (("up", bytes_.up), ("down", bytes_.down), ("evaluation", bytes_.evaluation)):
+            console.print(f"predicted bytes {name}: {count:,} ({human_bytes(count)})", highlight=False)
     finally:
         prepared.close()
 
@@ -62,22 +60,33 @@ def schedule(scenario: Scenario, config: RunConfig) -> Table:
 def _drawn(scenario: Scenario, config: RunConfig, stage: int) -> dict[int, set[int]]:
     """{client: tasks it trains in some round of the stage}."""
     found: dict[int, set[int]] = {}
-    for round_ in range(1, config.federation.rounds_per_stage + 1):
-        for position, client in enumerate(draw(config, scenario.client_count, stage + 1, round_)):
-            found.setdefault(client, set()).update(scenario.tasks_of(stage, position))
+    for client, tasks in _visits(scenario, config, stage, pooled=False):
+        found.setdefault(client, set()).update(tasks)
     return found
 
 
 def predict(prepared: launch.Prepared) -> Bytes:
-    """What the run will move if every participant answers and every token is asked for once."""
+    """What the run will move if every participant trains and answers; a client's token is asked for once per data."""
     config, scenario, strategy = prepared.config, prepared.scenario, prepared.strategy()
-    f, stages = config.federation, len(scenario.stages)
-    trains = stages * f.rounds_per_stage * min(f.clients_per_round, scenario.client_count)
+    stages = [_visits(scenario, config, stage, strategy.pooled) for stage in range(len(scenario.stages))]
+    trains = sum(len(visits) for visits in stages)
     adapter = 4 * prepared.layout.size(strategy.adapter_rank)
     token = 4 * prepared.description.dim if strategy.needs_tokens else 0
-    keys = {(client, task) for s in range(stages) for client, t in _drawn(scenario, config, s).items() for task in t}
-    tokens = token * len(keys)
-    subspaces = len(strategy.knowledge().adapters)
-    rows = [subspaces or min(row, len(scenario.tasks)) for row in range(stages + 1)]
+    asked = {(client, scenario.data_key(tasks, client)) for visits in stages for client, tasks in visits}
+    known = len(strategy.knowledge().adapters)
+    rows = [[visit for visits in stages[:row] for visit in visits] for row in range(len(stages) + 1)]
+    seen = [{task for _, tasks in row for task in tasks} for row in rows]
+    adapters = sum(known or len(tasks) for tasks in seen)
     shards = len(cut(scenario, config.evaluate.split, config.evaluate.shard))
-    return Bytes(trains * adapter + tokens, trains * adapter, shards * sum(rows) * (adapter + token))
+    return Bytes(trains * adapter + token * len(asked), trains * adapter, shards * adapters * (adapter + token))
+
+
+def _visits(scenario: Scenario, config: RunConfig, stage: int, pooled: bool) -> list[tuple[int, tuple[int, ...]]]:
+    """(client, its tasks) of every client-round of a stage; a client without data of its tasks has no part in it."""
+    found = []
+    for round_ in range(1, config.federation.rounds_per_stage + 1):
+        for position, client in enumerate(draw(config, scenario.client_count, stage + 1, round_)):
+            tasks = tuple(range(len(scenario.tasks))) if pooled else scenario.tasks_of(stage, position)
+            if scenario.share_size(tasks, client):
+                found.append((client, tasks))
+    return found

@@ -88,7 +88,7 @@ def test_shapes(encoder: TokenMeanEncoder) -> None:
 
 def test_the_centre_is_the_mean_over_the_pretraining_prompts(encoder: TokenMeanEncoder) -> None:
     phi = torch.cat([encoder.encode(asked) for asked in pretraining_prompts(1, 200).values()])
-    assert torch.allclose(phi.mean(0), torch.zeros(encoder.dim), atol=1e-4)
+    assert torch.allclose(phi.mean(0), torch.zeros(encoder.dim), atol=2e-3)
 
 
 def test_clients_of_one_task_match_and_of_two_do_not(encoder: TokenMeanEncoder, encoded: torch.Tensor) -> None:

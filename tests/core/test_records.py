@@ -27,13 +27,14 @@ def flat(*values: float) -> np.ndarray:
 
 
 def wired(message: Message) -> Message:
-    """The message as another process gets it: its content serialised and read again."""
-    message.content = RecordDict.inflate(message.content.deflate(), _children(message.content))
+    """The message as another process gets it: every record in it turned into bytes and read again."""
+    message.content = _again(message.content)
     return message
 
 
-def _children(record: Any) -> dict[str, Any]:
-    return dict(record.children or {})
+def _again(record: Any) -> Any:
+    children = {name: _again(child) for name, child in record.children.items()} if record.children else None
+    return type(record).inflate(record.deflate(), children)
 
 
 def request(content: RecordDict | None = None, kind: str = records.TRAIN) -> Message:

@@ -11,7 +11,7 @@ from fedstrata.scenarios.pretraining import pretraining_examples
 from fedstrata.scenarios.stream import Example, Task
 
 PAIRS = (("names", "counting"), ("charts", "reading"), ("icons", "figures"))
-RECORDED = "RECORDED_MINI"
+RECORDED = "a36264fe13ca22d6883e6e53eb4a611d31dfb678294bc539113dd711bdd6bdde"
 
 
 def _task(name: str, seed: int = 0) -> Task:

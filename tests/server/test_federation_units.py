@@ -11,7 +11,7 @@ from fedstrata.client.app import share
 from fedstrata.core.config import FederationSection, RunConfig
 from fedstrata.core.records import Assignment, Binding
 from fedstrata.scenarios.stream import Example, Scenario, Task
-from fedstrata.server.federation import draw, share_size, visits
+from fedstrata.server.participation import draw, share_size, visits
 
 CONFIG = RunConfig(federation=FederationSection(clients=20, clients_per_round=5, rounds_per_stage=4))
 

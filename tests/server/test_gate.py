@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_is_rejected(loss: float) -> None:
 def test_what_rides_along_is_rejected_since_flowers_strategies_would_average_it() -> None:
     def second_array(asked: Message) -> Message:
         message = reply(asked)
-        message.content["arrays"]["more"] = Array(np.zeros(2, np.float32))
+        message.content.array_records["arrays"]["more"] = Array(np.zeros(2, np.float32))
         return message
 
     def second_record(asked: Message) -> Message:
@@ -256,7 +256,11 @@ def test_when_all_fail_every_client_is_named_with_its_own_reason() -> None:
     good, bad = gate(sent, came)
     assert good == []
     assert [rejected.partition for rejected in bad] == [0, 1, 2]
-    assert [rejected.reason.split(":")[0] for rejected in bad] == ["num-examples", "the client failed", "no reply in time"]
+    assert [rejected.reason.split(":")[0] for rejected in bad] == [
+        "num-examples",
+        "the client failed",
+        "no reply in time",
+    ]
 
 
 def test_nothing_sent_nothing_gated() -> None:

@@ -1,9 +1,9 @@
 """The grids' common ground: units, contexts, errors, ids, and what a strategy sees of a grid."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -44,13 +44,13 @@ class Cohorts:
 
 
 @pytest.fixture
-def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def app(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module of ClientApps that can be named by reference: `grid_test_apps:stock` and `grid_test_apps:cohorts`."""
     become_server()
     module: Any = ModuleType("grid_test_apps")
     module.stock, module.cohorts = stock, Cohorts()
     monkeypatch.setitem(sys.modules, "grid_test_apps", module)
-    return module
+    return cast(ModuleType, module)
 
 
 def message(partition: int, word: str = "hello", kind: str = records.TRAIN) -> Message:

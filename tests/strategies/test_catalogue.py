@@ -60,7 +60,9 @@ def test_what_is_no_strategy_is_bad_input(outside: str, attribute: str) -> None:
         find(f"{outside}:{attribute}")
 
 
-@pytest.mark.parametrize("name", ["no_such_module_here:Mine", "fedstrata.strategies:Nothing", ":Mine", ".relative:Mine"])
+@pytest.mark.parametrize(
+    "name", ["no_such_module_here:Mine", "fedstrata.strategies:Nothing", ":Mine", ".relative:Mine"]
+)
 def test_what_cannot_be_loaded_is_bad_input(name: str) -> None:
     with pytest.raises(BadInput, match=r"strategy\.name: cannot load"):
         find(name)

@@ -28,9 +28,7 @@ def test_oracle_says_that_it_uses_task_identity() -> None:
     assert not RandomRoute.uses_task_identity
 
 
-def test_oracle_gives_every_task_one_subspace_in_the_order_they_came(
-    setup: Setup, train_reply: Any, sent: Any
-) -> None:
+def test_oracle_gives_every_task_one_subspace_in_the_order_they_came(setup: Setup, train_reply: Any, sent: Any) -> None:
     strategy = oracle(setup)
     strategy.meet([told(0, 5), told(1, 2), told(2, 5)])
     assert {partition: subspace for partition, (subspace, _) in sent(strategy).items()} == {0: 0, 1: 1, 2: 0}
@@ -72,6 +70,7 @@ def test_a_skipped_round_leaves_no_owner_behind(setup: Setup, train_reply: Any) 
     strategy.meet([told(0, 5)])  # skipped: nothing is aggregated
     assert strategy.save().facts["owners"] == []
     strategy.meet([told(1, 2)])
+    assert dict(strategy.placement()) == {1: 0}  # as a run that was resumed here would number it
     strategy.aggregate_train(2, [train_reply(1, [1, 1, 1])])
     assert strategy.knowledge().options["owners"] == [2]
 

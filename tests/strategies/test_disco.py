@@ -198,7 +198,9 @@ def test_a_token_keeps_unit_order_norm_after_a_hundred_visits() -> None:
     (subspace,) = state.subspaces
     assert subspace.token.count == 1010
     # the mean of unit vectors within ±10 degrees: (10·1 + 1000·cos 10°) / 1010 along the axis, nothing across
-    assert subspace.token.value.tolist() == pytest.approx([(10 + 1000 * math.cos(math.radians(10))) / 1010, 0], abs=1e-5)
+    assert subspace.token.value.tolist() == pytest.approx(
+        [(10 + 1000 * math.cos(math.radians(10))) / 1010, 0], abs=1e-5
+    )
     assert match(at(0), state.tokens(), TAU) == 0
 
 
@@ -236,7 +238,9 @@ def test_softmax_at_a_tiny_epsilon_does_not_overflow() -> None:
 
 
 def test_softmax_of_equally_near_subspaces_shares_equally() -> None:
-    assert activate(np.array([[1, 0]], np.float32), np.array([[4, 3], [4, -3]], np.float32), 0.05).tolist() == [[0.5, 0.5]]
+    assert activate(np.array([[1, 0]], np.float32), np.array([[4, 3], [4, -3]], np.float32), 0.05).tolist() == [
+        [0.5, 0.5]
+    ]
 
 
 def test_argmax_takes_the_best_alone_and_of_equals_the_oldest() -> None:

@@ -108,9 +108,7 @@ def test_the_classes_own_arguments_reach_it(setup: Setup) -> None:
     assert vars(strategy.inner)["server_momentum"] == 0.25
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"), [(AVERAGE, {"speed": 3}), ("flwr.serverapp.strategy:Strategy", {})]
-)
+@pytest.mark.parametrize(("name", "arguments"), [(AVERAGE, {"speed": 3}), ("flwr.serverapp.strategy:Strategy", {})])
 def test_arguments_that_the_class_refuses_are_bad_input(setup: Setup, name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"strategy\.arguments: \w+ refuses them"):
         stock(setup, name, **arguments)
@@ -122,4 +120,4 @@ def test_a_server_optimiser_goes_on_from_the_adapter_it_sent(setup: Setup, train
     configure(strategy, [0, 1])
     strategy.aggregate_train(1, [train_reply(0, start + 1), train_reply(1, start - [3, -3, -3])])
     # without moments Adam steps by eta in the sign of the mean change, which is (−1, +2, +2)
-    assert strategy.state.adapter == pytest.approx(start + [-0.5, 0.5, 0.5], abs=1e-5)
+    assert strategy.state.adapter == pytest.approx(start + np.array([-0.5, 0.5, 0.5]), abs=1e-5)
