@@ -235,7 +235,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise BadInput(f"{path}: not a readable YAML file: {error}") from error
+        raise BadInput(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise BadInput(f"{path}: must hold a mapping of keys to values, got {type(tree).__name__}")
     return tree

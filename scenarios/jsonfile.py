@@ -111,7 +111,8 @@ def _value(path: Path, number: int, text: str, at: int) -> tuple[Any, int]:
     except RecursionError:
         raise BadInput(f"{where} must not be nested that deeply") from None
     except json.JSONDecodeError as error:
-        came = "the end of the file: is it truncated?" if error.pos >= len(text) else brief(text[error.pos :][:40])
+        ended = error.pos >= len(text) or error.msg.startswith("Unterminated")
+        came = "the end of the file: is it truncated?" if ended else brief(text[error.pos :][:40])
         raise BadInput(f"{where} must be JSON: {error.msg} at line {error.lineno}, got {came}") from error
     except ValueError as error:  # a number of thousands of digits
         raise BadInput(f"{where} must be JSON: {error}") from error
