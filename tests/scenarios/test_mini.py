@@ -11,7 +11,7 @@ from fedstrata.scenarios.pretraining import pretraining_examples
 from fedstrata.scenarios.stream import Example, Task
 
 PAIRS = (("names", "counting"), ("charts", "reading"), ("icons", "figures"))
-RECORDED = "a36264fe13ca22d6883e6e53eb4a611d31dfb678294bc539113dd711bdd6bdde"
+RECORDED = "267c4c7df0c73dfdd65d4d019f2b984bcf45dbd5ea9ae68219585f7d1f72b877"
 
 
 def _task(name: str, seed: int = 0) -> Task:

@@ -16,11 +16,15 @@ from fedstrata.server import launch, raygrid
 WORDS = ("federation.rounds_per_stage=1", "federation.clients_per_round=3", "train.local_epochs=1", "evaluate.shard=25")
 
 
-@pytest.fixture(autouse=True)
-def _no_ray_of_other_tests() -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def _one_ray() -> Iterator[None]:
+    """One Ray for all runs of this module: each would take seconds to start its own."""
     raygrid.ray.shutdown()
-    yield
-    assert not raygrid.ray.is_initialized()  # whatever a run started, it ended
+    raygrid.start_ray(2, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raygrid.ray, "shutdown", lambda: None)
+        yield
+    raygrid.ray.shutdown()
 
 
 def run(folder: Path, *words: str) -> dict[str, Any]:

@@ -35,9 +35,10 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
             raise KeyboardInterrupt
         real(self, stage, round_)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="fedstrata resume"):
+    with monkeypatch.context() as patch:
         patch.setattr(Federation, "_round", stop_in_stage_two)
-        launch.run(config(tmp_path / "cut", f"strategy.name={strategy}"), quiet)
+        with pytest.raises(Interrupted, match="fedstrata resume"):
+            launch.run(config(tmp_path / "cut", f"strategy.name={strategy}"), quiet)
     assert final(tmp_path / "cut")["status"] == "interrupted"
     cut = launch.resume(tmp_path / "cut", quiet)
     for key in ("status", "final_state_sha256", "last", "avg", "routing_accuracy"):
