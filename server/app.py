@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput, FedstrataError
-from fedstrata.server import launch
+from fedstrata.server import configure, launch
 
 app = ServerApp()
 WAIT = 120.0  # seconds for the nodes to register
@@ -30,7 +30,7 @@ def _config(recipe: str, overrides: str) -> RunConfig:
         words = shlex.split(overrides)
     except ValueError as error:
         raise BadInput(f"overrides: not words as a shell reads them ({error}), got {overrides!r}") from error
-    return launch.resolve(recipe, [*words, "federation.grid=flower", "federation.cohort_size=1"])
+    return configure.resolve(recipe, [*words, "federation.grid=flower", "federation.cohort_size=1"])
 
 
 def _await_nodes(grid: Grid, clients: int) -> None:

@@ -28,10 +28,10 @@ def run(
     ] = False,
 ) -> None:
     """Run a federation; without words: the embedded default (fcit-mini, homogeneous, DISCO)."""
-    from fedstrata.server import launch, plan
+    from fedstrata.server import configure, launch, plan
 
     recipe, overrides = _split(words or [])
-    config = launch.resolve(recipe, overrides)
+    config = configure.resolve(recipe, overrides)
     if dry_run:
         plan.show(config, console)
         return

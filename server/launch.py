@@ -1,10 +1,10 @@
-"""From words on a command line to a finished run folder."""
+"""From a config to a finished run folder."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fedstrata import scenarios
 from fedstrata.core import config as configuration
 from fedstrata.core.adapters import Layout
 from fedstrata.core.config import RunConfig
-from fedstrata.core.errors import BadInput, FedstrataError, Interrupted, unknown
+from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.core.metrics import AccuracyMatrix
 from fedstrata.core.records import Description
 from fedstrata.core.tracking import open_tracker, plain
@@ -38,49 +38,6 @@ from fedstrata.strategies import find
 from fedstrata.strategies.base import Setup, Strategy
 
 MAX_AUTO_COHORT = 16
-
-
-def resolve(recipe: str, words: Sequence[str]) -> RunConfig:
-    """defaults ← the scenario's defaults, and those tuned for the strategy ← recipe ← words.
-
-    recipe: empty, a packaged scenario's name, a scenario file or a YAML of config keys.
-    """
-    layers = [_recipe(recipe), configuration.parse_words(words)]
-    name = _last(layers, "scenario", "name", configuration.ScenarioSection.name)
-    layers.insert(0, scenarios.defaults(name))
-    strategy = _last(layers, "strategy", "name", configuration.StrategyConfig.name)
-    layers.insert(1, scenarios.tuned(name, strategy))
-    return _absolute(configuration.build(layers, find(strategy).config_type))
-
-
-def _absolute(config: RunConfig) -> RunConfig:
-    """Paths become absolute: actors, and a later resume, may stand in another folder."""
-    scenario, model = config.scenario, config.model
-    if "/" in scenario.name or scenario.name.endswith((".yaml", ".yml")):
-        scenario = replace(scenario, name=str(Path(scenario.name).resolve()))
-    if scenario.root:
-        scenario = replace(scenario, root=str(Path(scenario.root).resolve()))
-    if Path(model.name).is_dir():
-        model = replace(model, name=str(Path(model.name).resolve()))
-    return replace(config, scenario=scenario, model=model)
-
-
-def _recipe(recipe: str) -> dict[str, Any]:
-    if not recipe:
-        return {}
-    if recipe in scenarios.catalogue():
-        return {"scenario": {"name": recipe}}
-    path = Path(recipe)
-    if not path.is_file():
-        raise BadInput(f"{unknown('recipe', recipe, scenarios.catalogue())}; and there is no file of this name")
-    if scenarios.is_scenario_file(path):
-        return {"scenario": {"name": str(path.resolve())}}
-    return configuration.read_yaml(path)
-
-
-def _last(layers: Sequence[dict[str, Any]], section: str, key: str, default: str) -> str:
-    found = [layer[section].get(key) for layer in layers if isinstance(layer.get(section), dict)]
-    return str(next((value for value in reversed(found) if value is not None), default))
 
 
 def prepare(config: RunConfig, grid: Grid | None = None) -> "Prepared":
@@ -140,6 +97,7 @@ def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
         FedstrataError: the run failed; the last commit stands.
     """
     folder = _free_folder(config)
+    _hello(config, folder, console)
     prepared = prepare(config, grid)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,11 +117,19 @@ def resume(folder: Path, console: Console, grid: Grid | None = None) -> Path:
     found = RunFolder(folder)
     if found.has("summary.json") and found.summary.get("status") == "completed":
         raise BadInput(f"{folder}: is completed, there is nothing to resume")
-    prepared = prepare(configuration.from_dict(found.config, _strategy_type(found.config)), grid)
+    config = configuration.from_dict(found.config, _strategy_type(found.config))
+    _hello(config, folder, console)
+    prepared = prepare(config, grid)
     try:
         return _run(prepared, folder, console, checkpoint.newest(folder / "checkpoints"))
     finally:
         prepared.close()
+
+
+def _hello(config: RunConfig, folder: Path, console: Console) -> None:
+    """The first line, before libraries and base models are loaded, which takes a while."""
+    what = f"{config.strategy.name} on {config.scenario.name}, seed {config.seed}"
+    console.print(f"{what} → {folder}: starting clients …", highlight=False, markup=False, soft_wrap=True)
 
 
 def _strategy_type(tree: Mapping[str, Any]) -> type[configuration.StrategyConfig]:

@@ -18,7 +18,10 @@ from fedstrata.strategies.disco import Disco
 
 
 class Oracle(Disco):
-    """The task is the subspace. A participant with several tasks at once trains the first one's subspace."""
+    """DISCO told the tasks: one subspace per task, routed by the task.
+
+    A participant with several tasks at once trains the first one's subspace.
+    """
 
     uses_task_identity: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False

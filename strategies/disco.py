@@ -72,7 +72,7 @@ class Update:
 
 
 class Disco(Strategy):
-    """The server half and, through `router`, the inference half."""
+    """DISCO: subspaces found by identity tokens, trained one at a time, activated per input."""
 
     config_type: ClassVar[type[StrategyConfig]] = DiscoConfig
     needs_tokens: ClassVar[bool] = True

@@ -1,7 +1,9 @@
 """Tracking: what `events.jsonl` holds, and what the real wandb wrote in offline mode."""
 
+import contextlib
 import json
 import struct
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,7 +104,7 @@ def test_offline_wandb_holds_the_rounds_the_scores_and_the_summary(
     tracker.close()
 
     (file,) = tmp_path.rglob("*.wandb")
-    told = list(wandb_records(file))
+    told = whole(file)
     (started,) = [record.run for record in told if record.HasField("run")]
     assert (started.project, started.display_name) == ("p", "run-name")
     assert {item.key: json.loads(item.value_json) for item in started.config.update}["lora"] == {"rank": 8}
@@ -128,6 +130,19 @@ def unpack(items: Any) -> dict[str, Any]:
     """A record's key/value items without wandb's own (`_step`, `_runtime`, …)."""
     named = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
     return {key: value for key, value in named.items() if not key.startswith("_")}
+
+
+def whole(file: Path) -> list[Any]:
+    """The records up to the exit: wandb's own process may still be writing when `finish` returns."""
+    from google.protobuf.message import DecodeError
+
+    for _ in range(100):
+        with contextlib.suppress(DecodeError):
+            told = list(wandb_records(file))
+            if any(record.HasField("exit") for record in told):
+                return told
+        time.sleep(0.1)
+    raise AssertionError(f"{file} has no exit record")
 
 
 def wandb_records(file: Path) -> Iterator[Any]:

@@ -187,12 +187,24 @@ def test_a_dry_run_prints_config_schedule_and_bytes_and_creates_nothing(
     assert yaml.safe_load(config) == yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))
     for row in trained(finished):
         assert re.search(rf"│ {row['client']} .*{row['tasks'][0]} {row['samples']}\b", said.out)
-    predicted = {name: int(count.replace(",", "")) for name, count in re.findall(r"bytes (\w+): ([\d,]+)", said.out)}
-    summary = read(finished / "summary.json")
-    assert predicted == {key: summary[f"bytes_{short}"] for key, short in SHORT.items()}
+    assert predicted(said) == moved(finished)
 
 
-SHORT = {"up": "up", "down": "down", "evaluation": "eval"}
+@pytest.mark.parametrize("strategy", ["finetune", "joint", "oracle"])
+def test_the_predicted_bytes_are_the_ones_that_a_run_moves(strategy: str, tmp_path: Path) -> None:
+    words = (*SMALL, f"strategy.name={strategy}", "federation.rounds_per_stage=1", into(tmp_path))
+    plan = fedstrata("run", *words, "--dry-run")
+    assert fedstrata("run", *words).code == 0
+    assert predicted(plan) == moved(tmp_path / "run")
+
+
+def predicted(said: Said) -> dict[str, int]:
+    return {name: int(count.replace(",", "")) for name, count in re.findall(r"bytes (\w+): ([\d,]+)", said.out)}
+
+
+def moved(folder: Path) -> dict[str, int]:
+    summary = read(folder / "summary.json")
+    return {"up": summary["bytes_up"], "down": summary["bytes_down"], "evaluation": summary["bytes_eval"]}
 
 
 def trained(folder: Path) -> list[dict[str, Any]]:

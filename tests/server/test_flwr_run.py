@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from fedstrata.core.errors import BadInput
-from fedstrata.server import app, launch
+from fedstrata.server import app, configure, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -111,7 +111,7 @@ def test_flwr_run_gives_the_same_bits_as_fedstrata_run(flower: dict[str, str], t
     assert [run["status"] for run in listed["runs"]] == ["finished:completed"], said  # flwr run exits with 0 anyway
 
     ours = ["federation.grid=inprocess", "federation.cohort_size=1", f"run.dir={tmp_path / 'ours'}"]
-    launch.run(launch.resolve("fcit-mini-short", [*SMALL, *ours]), Console(quiet=True))
+    launch.run(configure.resolve("fcit-mini-short", [*SMALL, *ours]), Console(quiet=True))
     theirs, alone = summary(folder), summary(tmp_path / "ours")
     assert theirs["status"] == "completed"
     for key in ("final_state_sha256", "scenario_hash", "last", "bytes_up", "bytes_down", "bytes_eval"):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedstrata.client.model import TINY
 from fedstrata.core.errors import BadInput
-from fedstrata.server import launch, raygrid
+from fedstrata.server import configure, launch, raygrid
 
 WORDS = ("federation.rounds_per_stage=1", "federation.clients_per_round=3", "train.local_epochs=1", "evaluate.shard=25")
 
@@ -28,7 +28,7 @@ def _one_ray() -> Iterator[None]:
 
 
 def run(folder: Path, *words: str) -> dict[str, Any]:
-    config = launch.resolve("fcit-mini-short", [*WORDS, f"run.dir={folder}", *words])
+    config = configure.resolve("fcit-mini-short", [*WORDS, f"run.dir={folder}", *words])
     tree: dict[str, Any] = json.loads((launch.run(config, Console(quiet=True)) / "summary.json").read_text())
     return tree
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fedstrata.server import launch
+from fedstrata.server import configure, launch
 
 TASKS = ("easy_vqa", "sign_digits")
 
@@ -29,7 +29,7 @@ def scenario(folder: Path) -> Path:
 def test_a_stream_of_real_images_runs_end_to_end(real_data: Path, tmp_path: Path) -> None:
     assert "${FEDSTRATA_REAL_DATA}" in scenario(tmp_path).read_text(encoding="utf-8")  # no folder is built in
     words = ["federation.grid=inprocess", "train.local_epochs=1", f"run.dir={tmp_path / 'run'}"]
-    folder = launch.run(launch.resolve(str(scenario(tmp_path)), words), Console(quiet=True))
+    folder = launch.run(configure.resolve(str(scenario(tmp_path)), words), Console(quiet=True))
     summary, matrix = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "matrix"))
     assert (summary["status"], summary["scenario_hash"] != "") == ("completed", True)
     assert matrix["tasks"] == list(TASKS)
@@ -42,4 +42,4 @@ def test_a_stream_of_real_images_runs_end_to_end(real_data: Path, tmp_path: Path
 def test_without_the_data_the_recipe_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDSTRATA_REAL_DATA", raising=False)
     with pytest.raises(launch.BadInput, match="FEDSTRATA_REAL_DATA is not set"):
-        launch.prepare(launch.resolve("real-images", ["federation.grid=inprocess"]))
+        launch.prepare(configure.resolve("real-images", ["federation.grid=inprocess"]))

@@ -8,14 +8,14 @@ import pytest
 from rich.console import Console
 
 from fedstrata.core.errors import BadInput, Interrupted
-from fedstrata.server import launch
+from fedstrata.server import configure, launch
 from fedstrata.server.federation import Federation
 
 WORDS = ["federation.grid=inprocess", "train.local_epochs=1", "evaluate.split=val", "federation.rounds_per_stage=2"]
 
 
 def config(folder: Path, *words: str) -> Any:
-    return launch.resolve("fcit-mini-short", [*WORDS, f"run.dir={folder}", *words])
+    return configure.resolve("fcit-mini-short", [*WORDS, f"run.dir={folder}", *words])
 
 
 def final(folder: Path) -> dict[str, Any]:
