@@ -10,7 +10,7 @@ from fedstrata.core.errors import unknown
 from fedstrata.strategies import STRATEGIES
 
 MODELS = {
-    "tiny": "the embedded base: a 1 M-parameter LLaVA that ships with fedstrata; CPU, no download",
+    "tiny": "the embedded base: a 0.9 M-parameter LLaVA that ships with fedstrata; CPU, no download",
     "FOLDER": "a local LLaVA folder in the transformers layout",
     "llava-hf/llava-1.5-7b-hf": "any LLaVA of a model hub by its name (downloads it)",
 }
