@@ -3,6 +3,7 @@
 Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback), 75 interrupted and resumable.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ console = Console()
 
 Words = Annotated[list[str] | None, typer.Argument(help="A recipe (optional), then key=value words.")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")]
 
 
 @cli.command()
@@ -26,6 +28,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print config, schedule and bytes; train nothing.")
     ] = False,
+    json_: Json = None,
 ) -> None:
     """Run a federation; without words: the embedded default (fcit-mini, homogeneous, DISCO)."""
     from fedstrata.server import configure, launch, plan
@@ -35,19 +38,19 @@ def run(
     if dry_run:
         plan.show(config, console)
         return
-    _show(launch.run(config, console))
+    _show(launch.run(config, console), json_)
 
 
 @cli.command()
-def resume(run_dir: RunDir) -> None:
+def resume(run_dir: RunDir, json_: Json = None) -> None:
     """Go on with a run that was stopped, from its last committed round."""
     from fedstrata.server import launch
 
-    _show(launch.resume(run_dir, console))
+    _show(launch.resume(run_dir, console), json_)
 
 
-def _show(folder: Path) -> None:
-    """The table at the end of a run."""
+def _show(folder: Path, json_: Path | None) -> None:
+    """The table at the end of a run; as JSON: its summary."""
     from fedstrata.server.report import matrix_table, summary_lines
     from fedstrata.server.runfolder import RunFolder
 
@@ -55,6 +58,7 @@ def _show(folder: Path) -> None:
     console.print(matrix_table(finished.matrix))
     for line in summary_lines(finished.summary):
         console.print(line, highlight=False, markup=False)
+    _write(json_, finished.summary)
     console.print(f"run folder: {folder}   report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -63,11 +67,9 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders or result JSON files.")],
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the tables as JSON.")] = None,
+    json_: Json = None,
 ) -> None:
     """Strategies side by side: mean ± std over seeds; written as compare.md and compare.csv unless named otherwise."""
-    import json as jsonlib
-
     from fedstrata.server.compare import compare as build
     from fedstrata.strategies import STRATEGIES
 
@@ -75,8 +77,7 @@ def compare(
     console.print(comparison.table())
     (markdown or Path("compare.md")).write_text(comparison.markdown(), encoding="utf-8")
     (csv or Path("compare.csv")).write_text(comparison.csv(), encoding="utf-8")
-    if json:
-        json.write_text(jsonlib.dumps(comparison.json(), indent=1), encoding="utf-8")
+    _write(json_, comparison.json())
     console.print(f"written: {markdown or 'compare.md'}, {csv or 'compare.csv'}", highlight=False)
 
 
@@ -111,6 +112,7 @@ def ask(
     run_dir: RunDir,
     text: Annotated[str, typer.Argument(help="The instruction.")],
     image: Annotated[Path | None, typer.Option(help="A picture for it.")] = None,
+    json_: Json = None,
 ) -> None:
     """Answer one instruction with a run's knowledge; prints the answer and the weights α of the subspaces."""
     from fedstrata.server.ask import ask as answer
@@ -119,6 +121,13 @@ def ask(
     console.print(reply.text, highlight=False, markup=False)
     for name, weight in reply.weights:
         console.print(f"  α {weight:.3f}  {name}", highlight=False, markup=False)
+    _write(json_, {"answer": reply.text, "weights": dict(reply.weights)})
+
+
+def _write(path: Path | None, result: object) -> None:
+    """`--json FILE`."""
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:

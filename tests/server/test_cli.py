@@ -252,12 +252,15 @@ def test_report_is_rebuilt_from_the_folder_alone(finished: Path, tmp_path: Path)
     assert not re.search(r"(src|href)=[\"']https?://", page)  # self-contained
 
 
-def test_ask_answers_with_the_weights_of_the_subspaces(finished: Path, picture: Path) -> None:
-    said = fedstrata("ask", finished, "--image", picture, "Which digit is drawn here?")
+def test_ask_answers_with_the_weights_of_the_subspaces(finished: Path, picture: Path, tmp_path: Path) -> None:
+    said = fedstrata("ask", finished, "--image", picture, "--json", tmp_path / "a.json", "Which digit is drawn here?")
     assert said.code == 0, said.err
     weights = [float(weight) for weight in re.findall(r"α (\d\.\d+)  subspace \d", said.out)]
     assert len(weights) == 2
     assert sum(weights) == pytest.approx(1, abs=0.002)
+    told = read(tmp_path / "a.json")
+    assert said.out.startswith(told["answer"])
+    assert list(told["weights"].values()) == pytest.approx(weights, abs=0.001)
     assert fedstrata("ask", finished, "Only text?").code == 0
 
 
