@@ -1,7 +1,7 @@
 """Does every task need its image? Scores a finished run's knowledge with and without the pictures.
 
     fedstrata run strategy.name=joint run.dir=runs/joint
-    python benchmarks/blank_image.py runs/joint --json docs/results/blank-image.json
+    python benchmarks/blank_image.py runs/joint --json docs/blank-image.json
 
 A blank picture is a uniform grey of the same size. Claim: each of fcit-mini's tasks loses at least 15 points.
 """
