@@ -16,6 +16,7 @@ import numpy as np
 from fedstrata import scenarios
 from fedstrata.client.app import base_of
 from fedstrata.client.evaluation import Answerer, score
+from fedstrata.core.scoring import percentages
 from fedstrata.scenarios.stream import Example, Pixels
 from fedstrata.server.export import read_knowledge
 from fedstrata.strategies import find
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     config, knowledge, says = read_knowledge(given.run)
-    scenario = scenarios.build(config.scenario, config.federation.clients, config.seed)
+    scenario = scenarios.of(config)
     router = find(config.strategy.name).router(knowledge)
     answerer = Answerer(base_of(config), knowledge, router, config.lora.alpha / config.lora.rank)
     rows = {}
@@ -44,7 +45,8 @@ def main() -> None:
         points = []
         for examples in (list(task.test), [blank(example) for example in task.test]):
             answers = answerer.answer(examples, index, config.evaluate.batch_size, config.train.max_length)
-            points.append(100 * score(task, examples, answers, scenario.vocabulary(index)).correct / len(examples))
+            reply = score(task, examples, answers, scenario.vocabulary(index))
+            points.append(percentages(reply.stats, reply.count)[task.metric])
         rows[task.name] = {"with": points[0], "blank": points[1], "difference": points[0] - points[1]}
         print(
             f"{task.name:12} with {points[0]:5.1f}   blank {points[1]:5.1f}   difference {points[0] - points[1]:5.1f}"

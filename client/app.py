@@ -69,8 +69,8 @@ def train_cohort(messages: Sequence[Message]) -> list[Message]:
         Job(share(scenario, config, task.assignment), task.flat, _seed(config, task.assignment, "batches"))
         for task in tasks
     ]
-    half = find(config.strategy.name).local_half()
-    done = train(base, jobs, config.train, config.lora.alpha / config.lora.rank, half)
+    half, scaling = find(config.strategy.name).local_half(), config.lora.alpha / config.lora.rank
+    done = train(base, jobs, config.train, scaling, half, dropout=config.lora.dropout)
     replies = []
     for message, task, job, trained in zip(messages, tasks, jobs, done, strict=True):
         cost = (len(job.examples), trained.loss, trained.steps, trained.seconds)
@@ -86,11 +86,13 @@ def evaluate(message: Message, context: Context) -> Message:
     config, base, scenario = world(at)
     shard, knowledge = records.read_shard(message), records.read_knowledge(message)
     task = scenario.tasks[shard.task]
-    examples = list(getattr(task, shard.split))[shard.start : shard.stop]
+    examples = list(getattr(task, shard.split)[shard.start : shard.stop])
     router = find(config.strategy.name).router(knowledge)
     answerer = Answerer(base, knowledge, router, config.lora.alpha / config.lora.rank)
-    answers = answerer.answer(examples, shard.task, config.evaluate.batch_size, config.train.max_length)
-    return records.score_reply(score(task, examples, answers, scenario.vocabulary(shard.task)), at.binding, message)
+    limits = (config.evaluate.batch_size, config.train.max_length, config.train.overlong)
+    answers = answerer.answer(examples, shard.task, *limits)
+    scores = score(task, examples, answers, scenario.vocabulary(shard.task), shard.split)
+    return records.score_reply(scores, at.binding, message)
 
 
 @app.query("identify")
@@ -125,7 +127,8 @@ def answer_question(message: Message, context: Context) -> Message:
     image = Pixels(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))) if picture else None
     router = find(config.strategy.name).router(knowledge)
     answerer = Answerer(base, knowledge, router, config.lora.alpha / config.lora.rank)
-    answers = answerer.answer([Example("question", text, "", image)], 0, 1, config.train.max_length)
+    limits = (1, config.train.max_length, config.train.overlong)
+    answers = answerer.answer([Example("question", text, "", image)], 0, *limits)
     return records.answer_reply(answers.texts[0], answers.weights[0].tolist(), message)
 
 
@@ -152,13 +155,12 @@ def read_config(text: str) -> RunConfig:
 def base_of(config: RunConfig) -> BaseModel:
     """The process's base model; the actor's thread count is set before the first kernel runs."""
     torch.set_num_threads(config.federation.threads)
-    return load_base(json.dumps(vars(config.model)), json.dumps(vars(config.lora)))
+    return load_base(json.dumps(vars(config.model)), json.dumps(vars(config.lora)), config.strategy.projector)
 
 
 @lru_cache(maxsize=2)
 def scenario_of(text: str) -> Scenario:
-    config = read_config(text)
-    return scenarios.build(config.scenario, config.federation.clients, config.seed)
+    return scenarios.of(read_config(text))
 
 
 def share(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Example]:
@@ -167,17 +169,18 @@ def share(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Example
     Draws are without replacement until the pool is exhausted, then a new order begins (joint training). A pool
     smaller than `parts` gives one example at a time.
     """
-    pool = scenario.share(at.tasks, at.binding.partition)
+    when = (at.binding.stage, at.binding.round) if at.parts == 1 else ()
+    pool = scenario.share(at.tasks, at.binding.partition, *when)
     if not pool:
         raise BadInput(f"client {at.binding.partition}: has no examples of tasks {list(at.tasks)}")
     if at.parts == 1:
-        return pool
+        return scenario.read(pool)
     size = max(1, len(pool) // at.parts)
     draws = len(pool) // size
     cycle, part = divmod(at.part, draws)
     order = generator(config.seed, "pool", at.binding.partition, cycle).permutation(len(pool))
     last = len(pool) if part == draws - 1 else (part + 1) * size
-    return [pool[row] for row in order[part * size : last]]
+    return scenario.read(pool[row] for row in order[part * size : last])
 
 
 def _seed(config: RunConfig, at: Assignment, name: str) -> int:

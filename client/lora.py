@@ -1,20 +1,25 @@
 """LoRA with a client dimension: C clients' adapters on one frozen base, or K subspaces mixed per input, in one forward.
 
-The base model is never changed: a forward hook on each adapted Linear adds its delta while the bank is open.
+The base model is never changed: a forward hook on each adapted Linear adds its delta while the bank is open. The
+layout's dense tail works alike: a Linear of the projector gets x ΔWᵀ + Δb added, which is what W + ΔW, b + Δb give.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedstrata.client.dropout import Dropout
 from fedstrata.client.model import BaseModel
 from fedstrata.core.adapters import Flat, Layout
+
+KINDS = ("lora_A", "lora_B")
 
 # A client's factors lie side by side in its row of the flat buffer, so a factor's [C, …] view has gaps; autograd adds
 # into such a gradient as it is and only remarks on it.
@@ -34,6 +39,8 @@ class Cohort:
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer → A [C, r, in], B [C, out, r]
     scaling: float
     active: int
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter of the tail → its difference [C, …]
+    dropout: Dropout | None = None
 
     @staticmethod
     def of(flats: Sequence[Flat], layout: Layout, scaling: float, device: torch.device, dtype: torch.dtype) -> "Cohort":
@@ -47,25 +54,46 @@ class Cohort:
                 _leaf(flat, gradient, slice(middle, end), (out, rank)),
             )
             start = end
-        return Cohort(flat, gradient, factors, scaling, len(flats))
+        dense = {}
+        for name, shape in layout.dense:
+            end = start + math.prod(shape)
+            dense[name] = _leaf(flat, gradient, slice(start, end), shape)
+            start = end
+        return Cohort(flat, gradient, factors, scaling, len(flats), dense)
 
     def named(self, which: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{layer.lora_A or layer.lora_B: [active, …]} of `flat` or `gradient`, for the hooks of a local half."""
+        """{layer.lora_A or layer.lora_B: [active, …]} of `flat` or `gradient`, for the hooks of a local half.
+
+        The tail's parameters come last, under their names in the base model.
+        """
+        leaves = {
+            f"{n}.{kind}": leaf for n, pair in self.factors.items() for kind, leaf in zip(KINDS, pair, strict=True)
+        }
         views, start = {}, 0
-        for name, (a, b) in self.factors.items():
-            for label, factor in ((f"{name}.lora_A", a), (f"{name}.lora_B", b)):
-                end = start + factor[0].numel()
-                views[label] = which[: self.active, start:end].view(self.active, *factor.shape[1:])
-                start = end
+        for label, leaf in (leaves | self.dense).items():
+            end = start + leaf[0].numel()
+            views[label] = which[: self.active, start:end].view(self.active, *leaf.shape[1:])
+            start = end
         return views
 
     def delta(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """out + γ B_c A_c x for the rows of each client c."""
+        """out + γ B_c A_c x for the rows of each client c; x [C·b, L, in] passes the dropout first, if there is one."""
+        if name not in self.factors:
+            return self._dense_delta(name, x, out)
         a, b = (factor[: self.active] for factor in self.factors[name])
+        x = x if self.dropout is None else self.dropout(x)
         rows = x.reshape(self.active, -1, x.shape[-1]).to(a.dtype)
         hidden = torch.bmm(rows, a.transpose(1, 2))
         base = out.reshape(self.active, -1, out.shape[-1]).to(a.dtype)
         return torch.baddbmm(base, hidden, b.transpose(1, 2), alpha=self.scaling).view(out.shape).to(out.dtype)
+
+    def _dense_delta(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """out + ΔW_c x + Δb_c."""
+        weight, bias = self.dense[f"{name}.weight"][: self.active], self.dense.get(f"{name}.bias")
+        base = out.reshape(self.active, -1, out.shape[-1]).to(weight.dtype)
+        base = base if bias is None else base + bias[: self.active].unsqueeze(1)
+        rows = x.reshape(self.active, -1, x.shape[-1]).to(weight.dtype)
+        return torch.baddbmm(base, rows, weight.transpose(1, 2)).view(out.shape).to(out.dtype)
 
 
 @dataclass
@@ -76,11 +104,20 @@ class Mixture:
     scaling: float
     rank: int
     weights: torch.Tensor  # [B, 1, K·r], set for every batch
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter of the tail → its difference
 
     @staticmethod
     def of(
-        flats: Sequence[Flat], layout: Layout, scaling: float, device: torch.device, dtype: torch.dtype
+        flats: Sequence[Flat],
+        layout: Layout,
+        scaling: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        shared: Flat | None = None,
     ) -> "Mixture":
+        """`flats` without the tail, which all of them share: `shared`, or none."""
+        tail = {} if shared is None or not shared.size else layout.dense_views(shared)
+        layout = layout.lora
         views = [layout.split(flat) for flat in flats]
         factors = {}
         for name, _, _ in layout.modules:
@@ -88,7 +125,8 @@ class Mixture:
             b = np.concatenate([view[name][1] for view in views], axis=1)
             factors[name] = (torch.from_numpy(a).to(device, dtype), torch.from_numpy(b).to(device, dtype))
         rank = layout.rank(flats[0])
-        return Mixture(factors, scaling, rank, torch.ones(1, 1, rank * len(flats), device=device, dtype=dtype))
+        dense = {name: torch.from_numpy(value.copy()).to(device, dtype) for name, value in tail.items()}
+        return Mixture(factors, scaling, rank, torch.ones(1, 1, rank * len(flats), device=device, dtype=dtype), dense)
 
     def activate(self, weights: torch.Tensor) -> None:
         """Sets α [B, K] for the next forward passes."""
@@ -96,6 +134,10 @@ class Mixture:
         self.weights = self.scaling * spread.unsqueeze(1)
 
     def delta(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """out and what the bank adds to it for x [B, L, in]."""
+        if name not in self.factors:
+            weight = self.dense[f"{name}.weight"]
+            return out + F.linear(x.to(weight.dtype), weight, self.dense.get(f"{name}.bias")).to(out.dtype)
         a, b = self.factors[name]
         return out + F.linear(F.linear(x.to(a.dtype), a) * self.weights, b).to(out.dtype)
 
@@ -103,7 +145,8 @@ class Mixture:
 @contextmanager
 def adapted(base: BaseModel, bank: Cohort | Mixture | None) -> Iterator[None]:
     """While open, the base model answers with the bank's deltas; None leaves it as it is."""
-    handles = [] if bank is None else [_hook(base.module(name), name, bank) for name in bank.factors]
+    names = [] if bank is None else [*bank.factors, *dict.fromkeys(name.rpartition(".")[0] for name in bank.dense)]
+    handles = [_hook(base.module(name), name, bank) for name in names if bank is not None]
     try:
         yield
     finally:
@@ -118,7 +161,7 @@ def _hook(module: nn.Module, name: str, bank: Cohort | Mixture) -> torch.utils.h
     return module.register_forward_hook(add)
 
 
-def _leaf(flat: torch.Tensor, gradient: torch.Tensor, where: slice, shape: tuple[int, int]) -> torch.Tensor:
+def _leaf(flat: torch.Tensor, gradient: torch.Tensor, where: slice, shape: tuple[int, ...]) -> torch.Tensor:
     leaf = flat[:, where].view(-1, *shape).requires_grad_()
     leaf.grad = gradient[:, where].view(-1, *shape)
     return leaf

@@ -6,9 +6,8 @@ The same code opens the embedded base, a local LLaVA folder and a hub name.
 import hashlib
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -17,29 +16,26 @@ import torch
 from torch import nn
 
 from fedstrata.client.encoder import ClipTextEncoder, TokenMeanEncoder, load_encoder
-from fedstrata.core.adapters import Layout
+from fedstrata.client.features import Pictured, Pictures, projector_of
+from fedstrata.client.prompts import Prepared, Prompts
 from fedstrata.core.config import LoraSection, ModelSection
 from fedstrata.core.errors import BadInput
+from fedstrata.core.shapes import find_layout
 from fedstrata.scenarios.stream import Example
 
 TINY = Path(__file__).parent / "tiny"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-IMAGE_CACHE_BYTES = 512 * 2**20  # frozen image features kept per process
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One example as tokens; the image tag's token stands once for each of the picture's features."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]  # ends with the end-of-sequence token
-    features: torch.Tensor | None  # [image tokens, hidden]
 
 
 class BaseModel:
     """A LLaVA with its processor, text encoder and the layout of the layers that adapters change."""
 
-    def __init__(self, section: ModelSection, lora: LoraSection) -> None:
+    def __init__(self, section: ModelSection, lora: LoraSection, projector: str = "frozen") -> None:
+        """projector: shared: it is trained, so features are kept from before it and `embed` projects them.
+
+        Raises:
+            BadInput: a base that cannot be loaded whole, lacks one of lora.targets or refuses model.system.
+        """
         import transformers
 
         # typed loosely: transformers' own annotations of its factories do not hold under mypy strict
@@ -71,10 +67,10 @@ class BaseModel:
         self.name = section.name
         self.max_new_tokens = section.max_new_tokens
         self.image_token = int(self.model.config.image_token_id)
-        self.layout = find_layout(self.model, lora.targets)
+        self.layout = find_layout(self.model, lora.targets, projector)
+        self.prompts = Prompts(self.processor, self.image_token, section.system)
+        self.pictures = Pictures(self.model, self.processor, section.image_fit, projected=not self.layout.dense)
         self._encoder_name = section.text_encoder
-        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._feature_bytes = 0
 
     @cached_property
     def encoder(self) -> TokenMeanEncoder | ClipTextEncoder:
@@ -96,70 +92,32 @@ class BaseModel:
 
     def prompt(self, example: Example) -> str:
         """The chat template around the question, ready for the answer."""
-        parts: list[dict[str, str]] = [{"type": "text", "text": example.question}]
-        if example.image is not None:
-            parts.insert(0, {"type": "image"})
-        turn = [{"role": "user", "content": parts}]
-        return str(self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        return self.prompts.text(example)
 
-    def prepare(self, examples: Sequence[Example], max_length: int) -> list[Prepared]:
+    def prepare(self, examples: Sequence[Example], max_length: int, overlong: str = "refuse") -> list[Prepared]:
         """Tokens and frozen image features of examples.
 
         Raises:
             BadInput: an example longer than `max_length` tokens, or one whose text holds the image tag's token.
         """
         features = self.image_features(examples)
-        return [self._prepare(example, f, max_length) for example, f in zip(examples, features, strict=True)]
+        prepared = self.tokenise(examples, max_length, overlong)
+        return [replace(row, features=f) for row, f in zip(prepared, features, strict=True)]
 
-    def _prepare(self, example: Example, features: torch.Tensor | None, max_length: int) -> Prepared:
-        text = self.prompt(example)
-        prompt = self.tokenizer(text)["input_ids"]
-        # tokenised together, since some tokenizers merge over the border; the tokens behind the prompt's are the answer
-        whole = self.tokenizer(f"{text} {example.answer}")["input_ids"]
-        answer = (*whole[len(prompt) :], self.tokenizer.eos_token_id)
-        expected = 0 if features is None else 1
-        if prompt.count(self.image_token) != expected:
-            raise BadInput(f"example {example.id}: the question must not hold the image tag's token")
-        if features is not None:
-            at = prompt.index(self.image_token)
-            prompt = prompt[:at] + [self.image_token] * len(features) + prompt[at + 1 :]
-        if len(prompt) + len(answer) > max_length:
-            came = len(prompt) + len(answer)
-            raise BadInput(
-                f"example {example.id}: must have at most train.max_length = {max_length} tokens, got {came}"
-            )
-        return Prepared(tuple(prompt), tuple(answer), features)
+    def tokenise(self, examples: Sequence[Example], max_length: int, overlong: str = "refuse") -> list[Prepared]:
+        """The same without features: a share's features can be gigabytes."""
+        patches = self.pictures.count(examples)
+        return [self.prompts.prepare(example, patches, max_length, overlong) for example in examples]
 
-    @torch.no_grad()
-    def image_features(self, examples: Sequence[Example]) -> list[torch.Tensor | None]:
-        """Per example the projected image features [image tokens, hidden], from a bounded cache; None without image.
-
-        The vision tower and the projector are frozen, so a picture's features are computed once per process.
-        """
-        keys = [None if example.image is None else example.image.key() for example in examples]
-        found: dict[str, torch.Tensor] = {k: self._features[k] for k in keys if k is not None and k in self._features}
-        missing = {k: e.image for k, e in zip(keys, examples, strict=True) if k is not None and k not in found}
-        names = list(missing)
-        for start in range(0, len(names), 64):
-            chunk = names[start : start + 64]
-            pictures = [cast(Any, missing[name]).open() for name in chunk]
-            pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-            pixels = pixels.to(self.device, self.model.dtype)
-            outputs = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-            found.update(zip(chunk, (output.clone() for output in outputs), strict=True))
-        self._remember({name: found[name] for name in names})
-        return [None if key is None else found[key] for key in keys]
-
-    def _remember(self, features: dict[str, torch.Tensor]) -> None:
-        for key, value in features.items():
-            self._features[key] = value
-            self._feature_bytes += value.numel() * value.element_size()
-        while self._feature_bytes > IMAGE_CACHE_BYTES and len(self._features) > 1:
-            _, old = self._features.popitem(last=False)
-            self._feature_bytes -= old.numel() * old.element_size()
+    def image_features(self, examples: Sequence[Pictured]) -> list[torch.Tensor | None]:
+        """Per example its frozen image features, from a bounded cache; None without image."""
+        return self.pictures.of(examples)
 
     def embed(self, rows: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None], left: bool) -> "Embedded":
-        """Pads token rows to one length (on the left for generation) and puts the image features in their places."""
+        """Pads token rows to one length (on the left for generation) and puts the image features in their places.
+
+        A trained projector runs here, for every row, so that each client's rows meet its own projector.
+        """
         length = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.full((len(rows), length), pad, dtype=torch.long)
@@ -170,11 +128,20 @@ class BaseModel:
             mask[index, where] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         embeds = self.model.get_input_embeddings()(ids)
-        given = [feature for feature in features if feature is not None]
+        given = [feature for feature in self._project(features) if feature is not None]
         if given:
             places = ((ids == self.image_token) & (mask == 1)).unsqueeze(-1).expand_as(embeds)
             embeds = embeds.masked_scatter(places, torch.cat(given).to(embeds.dtype))
         return Embedded(embeds, mask)
+
+    def _project(self, features: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """Rows without a picture pass as zeros, which nothing reads: client c owns the c-th equal part of the rows."""
+        first = next((feature for feature in features if feature is not None), None)
+        if first is None or not self.layout.dense:
+            return features
+        zeros = torch.zeros_like(first)
+        rows = projector_of(self.model)(torch.stack([zeros if f is None else f for f in features]))
+        return [None if f is None else row for f, row in zip(features, rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -185,28 +152,10 @@ class Embedded:
     mask: torch.Tensor
 
 
-def find_layout(model: nn.Module, targets: Sequence[str]) -> Layout:
-    """The language model's Linear layers whose name ends with one of `targets`, as PEFT matches a list.
-
-    Raises:
-        BadInput: a target that matches no Linear layer of the language model.
-    """
-    modules, used = [], set()
-    for name, module in model.named_modules():
-        hit = next((target for target in targets if name == target or name.endswith(f".{target}")), None)
-        if hit and "language_model" in name and isinstance(module, nn.Linear):
-            modules.append((name, module.out_features, module.in_features))
-            used.add(hit)
-    if set(targets) - used:
-        wrong = ", ".join(sorted(set(targets) - used))
-        raise BadInput(f"lora.targets: {wrong}: no Linear layer of the language model has this name")
-    return Layout(tuple(sorted(modules)))
-
-
 @lru_cache(maxsize=2)
-def load_base(model: str, lora: str) -> BaseModel:
+def load_base(model: str, lora: str, projector: str = "frozen") -> BaseModel:
     """The process's base model for these config sections (JSON, so that equal sections share one load)."""
-    return BaseModel(ModelSection(**json.loads(model)), LoraSection(**json.loads(lora)))
+    return BaseModel(ModelSection(**json.loads(model)), LoraSection(**json.loads(lora)), projector)
 
 
 def _device(name: str) -> torch.device:

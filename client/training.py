@@ -4,7 +4,6 @@ Every client gets what it would get alone: its own batches, loss, clipping, Adam
 client is a cohort of one. Equality with a plain PEFT loop is tested.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +12,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fedstrata.client.batching import Batch, Rows, batches, collate, pieces, supervised
+from fedstrata.client.dropout import Dropout
 from fedstrata.client.lora import Cohort, adapted
-from fedstrata.client.model import BaseModel, Prepared
+from fedstrata.client.model import BaseModel
+from fedstrata.client.optimiser import AdamW
 from fedstrata.core.adapters import Flat
 from fedstrata.core.config import TrainSection
-from fedstrata.core.seeds import generator
 from fedstrata.scenarios.stream import Example
 from fedstrata.strategies.base import LocalHalf
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
+__all__ = ["Job", "Trained", "answer_loss", "batches", "collate", "train"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One client's work: its examples, the adapter it starts from and the seed of its batch order."""
+    """One client's work: its examples, the adapter it starts from and the seed of its batch order and dropout."""
 
     examples: Sequence[Example]
     flat: Flat
@@ -43,18 +44,6 @@ class Trained:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One fused step: `rows` client-major, `size` rows per client; `weight` [C·size, L−1] is 1/answer tokens of the
-    client's batch where the next token is supervised, else 0."""
-
-    embeds: torch.Tensor
-    mask: torch.Tensor
-    labels: torch.Tensor
-    weight: torch.Tensor
-    size: int
-
-
 def train(
     base: BaseModel,
     jobs: Sequence[Job],
@@ -62,32 +51,59 @@ def train(
     scaling: float,
     half: LocalHalf | None = None,
     dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
 ) -> list[Trained]:
-    """Trains all jobs as one cohort; results are in the order of the jobs. Every job needs at least one example."""
+    """Trains all jobs as one cohort; results are in the order of the jobs. Every job needs at least one example.
+
+    Raises:
+        BadInput: an example that is too long, or one whose text holds the image tag's token.
+    """
     began = time.perf_counter()
     half = half or LocalHalf()
-    prepared = [base.prepare(job.examples, settings.max_length) for job in jobs]
+    for job in jobs:
+        base.pictures.warm(job.examples)
+    prepared = [base.tokenise(job.examples, settings.max_length, settings.overlong) for job in jobs]
     plans = [batches(len(job.examples), settings, job.seed) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: -len(plans[index]))  # stable: who has more steps comes first
     cohort = Cohort.of([jobs[index].flat for index in order], base.layout, scaling, base.device, dtype)
-    optimiser = AdamW(cohort, settings)
+    cohort.dropout = Dropout(dropout, base.device) if dropout else None
+    optimiser = AdamW(cohort, settings, [len(plans[index]) for index in order])
     losses: list[list[float]] = [[] for _ in jobs]
     half.begin(cohort)
     with adapted(base, cohort):
         for step in range(len(plans[order[0]])):
             cohort.active = sum(len(plans[index]) > step for index in order)
-            rows = [[prepared[index][row] for row in plans[index][step]] for index in order[: cohort.active]]
-            batch = collate(base, rows)
-            loss = half.loss(cohort, batch, None, answer_loss(base, batch, cohort.active))
+            active = order[: cohort.active]
+            rows = [[prepared[index][row] for row in plans[index][step]] for index in active]
             cohort.gradient.zero_()
-            torch.autograd.backward(loss.sum())
+            parts = _passes(base, cohort, rows, settings.micro_batch, half, (step, [jobs[i].seed for i in active]))
             half.on_gradients(cohort, cohort.named(cohort.gradient))
             optimiser.step(step + 1)
             half.on_step(cohort, cohort.named(cohort.flat))
-            for index, value in zip(order, loss.tolist(), strict=False):
+            for index, value in zip(order, parts.tolist(), strict=False):
                 losses[index].append(value)
     half.end(cohort)
     return _results(cohort, order, losses, time.perf_counter() - began)
+
+
+def _passes(
+    base: BaseModel, cohort: Cohort, rows: Rows, most: int, half: LocalHalf, draws: tuple[int, Sequence[int]]
+) -> torch.Tensor:
+    """Forward and backward of one step in pieces of at most `most` rows per client; the loss [C] of the whole step.
+
+    draws: the step's number and each client's seed, for the dropout.
+    """
+    totals, loss = supervised(rows), torch.zeros(())
+    parts = list(pieces(rows, most))
+    for first, mine in parts:
+        if cohort.dropout is not None:
+            lengths = [[len(row.prompt) + len(row.answer) for row in own] for own in mine]
+            cohort.dropout.begin(lengths, draws[1], draws[0], first)
+        batch = collate(base, mine, totals, 1 / len(parts))
+        piece = half.loss(cohort, batch, None, answer_loss(base, batch, cohort.active))
+        torch.autograd.backward(piece.sum())
+        loss = loss + piece.detach().cpu()
+    return loss
 
 
 def _results(cohort: Cohort, order: Sequence[int], losses: Sequence[Sequence[float]], seconds: float) -> list[Trained]:
@@ -97,32 +113,6 @@ def _results(cohort: Cohort, order: Sequence[int], losses: Sequence[Sequence[flo
         Trained(np.ascontiguousarray(flats[place[index]]), float(np.mean(mine)), len(mine), seconds * len(mine) / total)
         for index, mine in enumerate(losses)
     ]
-
-
-def batches(count: int, settings: TrainSection, seed: int) -> list[list[int]]:
-    """Row indices of every step: each epoch a new order, the last batch of an epoch may be smaller."""
-    plan, size = [], settings.batch_size
-    for epoch in range(settings.local_epochs):
-        rows = generator(seed, "epoch", epoch).permutation(count).tolist()
-        plan += [rows[start : start + size] for start in range(0, count, size)]
-    return plan
-
-
-def collate(base: BaseModel, rows: Sequence[Sequence[Prepared]]) -> Batch:
-    """Pads clients with fewer rows by rows of weight 0, so that every client owns equally many."""
-    size = max(len(mine) for mine in rows)
-    flat = [row for mine in rows for row in (*mine, *[mine[0]] * (size - len(mine)))]
-    embedded = base.embed([row.prompt + row.answer for row in flat], [row.features for row in flat], left=False)
-    length = embedded.mask.shape[1]
-    labels = torch.zeros(len(flat), length - 1, dtype=torch.long)
-    weight = torch.zeros(len(flat), length - 1, dtype=torch.float64)
-    for client, mine in enumerate(rows):
-        tokens = sum(len(row.answer) for row in mine)
-        for index, row in enumerate(mine, client * size):
-            where = slice(len(row.prompt) - 1, len(row.prompt) - 1 + len(row.answer))
-            labels[index, where] = torch.tensor(row.answer)
-            weight[index, where] = 1 / tokens
-    return Batch(embedded.embeds, embedded.mask, labels.to(base.device), weight.to(base.device), size)
 
 
 def answer_loss(base: BaseModel, batch: Batch, clients: int) -> torch.Tensor:
@@ -138,28 +128,3 @@ def answer_loss(base: BaseModel, batch: Batch, clients: int) -> torch.Tensor:
     return torch.zeros(clients, dtype=nll.dtype, device=nll.device).index_add(
         0, owner, nll * batch.weight[chosen].to(nll.dtype)
     )
-
-
-class AdamW:
-    """torch.optim.AdamW for every client at once: all its arithmetic is elementwise, so it stacks along C."""
-
-    def __init__(self, cohort: Cohort, settings: TrainSection) -> None:
-        self.cohort, self.settings = cohort, settings
-        self.mean = torch.zeros_like(cohort.flat)
-        self.square = torch.zeros_like(cohort.flat)
-
-    @torch.no_grad()
-    def step(self, number: int) -> None:
-        """Step `number` (from 1) of the active clients; the others' values and moments keep their bits."""
-        s, active = self.settings, self.cohort.active
-        theta, gradient = self.cohort.flat[:active], self.cohort.gradient[:active]
-        if s.max_grad_norm:
-            norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-            gradient = gradient * (s.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-        lr = s.lr * min(1.0, number / max(1, s.warmup_steps))
-        mean, square = self.mean[:active], self.square[:active]
-        mean.lerp_(gradient, 1 - BETAS[0])
-        square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        theta.mul_(1 - lr * s.weight_decay)
-        root = (square.sqrt() / math.sqrt(1 - BETAS[1] ** number)).add_(EPSILON)
-        theta.addcdiv_(mean, root, value=-lr / (1 - BETAS[0] ** number))

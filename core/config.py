@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedstrata.core.errors import BadInput, unknown
 
+PROJECTORS = ("frozen", "shared")
+
 
 def require(holds: bool, key: str, rule: str, came: object) -> None:
     """Raises `BadInput` naming the key, the rule and what came, unless the rule `holds`."""
@@ -35,6 +37,11 @@ class StrategyConfig:
     """What every method has; a method adds its own options by inheriting (`strategy.<option>`)."""
 
     name: str = "disco"
+    projector: str = "frozen"  # frozen | shared: trained by every client, averaged over all participants
+
+    def __post_init__(self) -> None:
+        """A method's own `__post_init__` begins with `super().__post_init__()`."""
+        require(self.projector in PROJECTORS, "strategy.projector", " or ".join(PROJECTORS), self.projector)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class FederationSection:
     clients: int = 20
     clients_per_round: int = 5
     rounds_per_stage: int = 5
+    sampling: str = "seeded"  # seeded: by the run's seed; fcit: the published sequence, whatever the seed
     grid: str = "ray"  # ray | inprocess | flower
     actors: int = 0  # processes that hold a base model; 0: one per core, at most one per cohort
     cohort_size: str = "auto"  # clients trained in one fused pass: a number, or auto (a pure function of the config)
@@ -78,6 +86,7 @@ class FederationSection:
             f"between 1 and federation.clients ({self.clients})",
             self.clients_per_round,
         )
+        require(self.sampling in ("seeded", "fcit"), key + "sampling", "seeded or fcit", self.sampling)
         require(self.rounds_per_stage >= 1, key + "rounds_per_stage", "at least 1", self.rounds_per_stage)
         require(self.grid in ("ray", "inprocess", "flower"), key + "grid", "ray, inprocess or flower", self.grid)
         require(self.actors >= 0, key + "actors", "at least 0", self.actors)
@@ -109,6 +118,8 @@ class ModelSection:
     device: str = "auto"  # auto | cpu | cuda
     attention: str = "eager"  # eager is fastest for short sequences; sdpa for long ones
     max_new_tokens: int = 16  # of a generated answer
+    system: str = ""  # a sentence before the first user turn, through the processor's chat template (role system)
+    image_fit: str = "processor"  # processor: as its settings say; pad: first to a square in its mean colour
 
     def __post_init__(self) -> None:
         require(self.name != "", "model.name", "'tiny', a folder or a hub name", self.name)
@@ -116,6 +127,7 @@ class ModelSection:
         require(self.device in ("auto", "cpu", "cuda"), "model.device", "auto, cpu or cuda", self.device)
         require(self.attention in ("eager", "sdpa"), "model.attention", "eager or sdpa", self.attention)
         require(self.max_new_tokens >= 1, "model.max_new_tokens", "at least 1", self.max_new_tokens)
+        require(self.image_fit in ("processor", "pad"), "model.image_fit", "processor or pad", self.image_fit)
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,8 @@ class LoraSection:
 
     rank: int = 8
     alpha: float = 16.0
+    dropout: float = 0.0  # on the input of A while training, as PEFT's lora_dropout
+    init: str = "uniform"  # of A: uniform: ±1/√in as PEFT draws it; normal: N(0, 0.01²); B is 0 in both
     targets: list[str] = field(  # names of the language model's Linear layers, as PEFT's target_modules
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -131,27 +145,40 @@ class LoraSection:
     def __post_init__(self) -> None:
         require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
         require(0 < self.alpha < float("inf"), "lora.alpha", "a finite number above 0", self.alpha)
+        require(0 <= self.dropout < 1, "lora.dropout", "at least 0 and below 1", self.dropout)
+        require(self.init in ("uniform", "normal"), "lora.init", "uniform or normal", self.init)
         require(len(self.targets) > 0, "lora.targets", "a list with at least one layer name", self.targets)
 
 
 @dataclass(frozen=True)
 class TrainSection:
-    """Local training of one client in one round: a fresh AdamW, warm-up, then a constant learning rate."""
+    """Local training of one client in one round: a fresh AdamW, warm-up, then a constant or a falling learning rate.
+
+    Step s of w warm-up steps runs at lr · s / w, so that no step has learning rate 0. FCIT's published code, as the
+    usual trainers, runs it at lr · (s − 1) / w: there a client with one step does not move at all.
+    """
 
     lr: float = 3e-3
     batch_size: int = 16
+    micro_batch: int = 0  # most rows of a client in one forward, to save memory; 0: the whole batch at once
     local_epochs: int = 4
-    warmup_steps: int = 3  # step s of the warm-up runs at lr · s / warmup_steps, so no step has learning rate 0
+    schedule: str = "constant"  # after warm-up; cosine: from lr towards 0 over the client's own steps, never 0
+    warmup_steps: int = 3
+    warmup_ratio: float = 0.0  # above 0: warm-up is ceil(ratio · the client's steps), and warmup_steps is not used
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # per client; 0: no clipping
-    max_length: int = 512  # tokens of an example, image tokens included; longer questions are refused
+    max_length: int = 512  # tokens of an example, image tokens included
+    overlong: str = "refuse"  # refuse | cut: what is too long loses further turns, then the end of its question
 
     def __post_init__(self) -> None:
         require(0 < self.lr < float("inf"), "train.lr", "a finite number above 0", self.lr)
         for key in ("batch_size", "local_epochs", "max_length"):
             require(getattr(self, key) >= 1, f"train.{key}", "at least 1", getattr(self, key))
-        for key in ("warmup_steps", "weight_decay", "max_grad_norm"):
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "micro_batch"):
             require(getattr(self, key) >= 0, f"train.{key}", "at least 0", getattr(self, key))
+        require(self.schedule in ("constant", "cosine"), "train.schedule", "constant or cosine", self.schedule)
+        require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", "at least 0 and below 1", self.warmup_ratio)
+        require(self.overlong in ("refuse", "cut"), "train.overlong", "refuse or cut", self.overlong)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fedstrata.core.identity import Token, Vector
 TRAIN, EVALUATE = "train", "evaluate"
 IDENTIFY, DESCRIBE, ASK = "query.identify", "query.describe", "query.ask"
 ARRAYS, ROUTER, CONFIG, META, METRICS = "arrays", "router", "config", "meta", "metrics"
+SHARED = "shared"
 FLAT, TOKEN, TOKENS, COUNT = "flat", "token", "tokens", "num-examples"
 TRAIN_METRICS = {COUNT, "loss", "steps", "seconds"}
 
@@ -69,11 +70,15 @@ class TrainReply:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What answers at inference: K flat adapters of one rank and, for a router, their K tokens [K, D]."""
+    """What answers at inference: K flat adapters of one rank and, for a router, their K tokens [K, D].
+
+    shared: the layout's dense tail, which all adapters share and none of them carries; empty without one.
+    """
 
     adapters: tuple[Flat, ...]
     tokens: Vector = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
     options: Mapping[str, Any] = field(default_factory=dict)
+    shared: Flat = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class ScoreReply:
-    """`correct` is a sum of scores, `hits[i]` counts the examples whose heaviest subspace was i."""
+    """What `count` examples of one task add up to.
 
-    correct: float
+    Attributes:
+        stats: metric → its summed statistics (`core.scoring.Scorer`); the task's own metric first.
+        in_vocabulary: how many answers are from the task's vocabulary; None where it is open-ended.
+        hits: `hits[i]` counts the examples whose heaviest subspace was i.
+    """
+
+    stats: Mapping[str, tuple[float, ...]]
     count: int
-    in_vocabulary: int
+    in_vocabulary: int | None
     hits: tuple[int, ...]
     predictions: tuple[dict[str, Any], ...]
 
@@ -191,14 +202,20 @@ def knowledge_content(knowledge: Knowledge) -> RecordDict:
     """The part of an evaluate message that all shards share."""
     flats = ArrayRecord({f"{FLAT}.{index}": Array(flat) for index, flat in enumerate(knowledge.adapters)})
     options = ConfigRecord(dict(knowledge.options))
-    return RecordDict({ARRAYS: flats, ROUTER: arrays(tokens=knowledge.tokens), CONFIG: options})
+    content = RecordDict({ARRAYS: flats, ROUTER: arrays(tokens=knowledge.tokens), CONFIG: options})
+    if knowledge.shared.size:
+        content[SHARED] = arrays(flat=knowledge.shared)
+    return content
 
 
 def read_knowledge(message: Message) -> Knowledge:
     flats = message.content.array_records[ARRAYS]
     adapters = tuple(flats[f"{FLAT}.{index}"].numpy() for index in range(len(flats)))
     tokens = message.content.array_records[ROUTER][TOKENS].numpy()
-    return Knowledge(adapters, tokens, dict(message.content.config_records[CONFIG]))
+    options = dict(message.content.config_records[CONFIG])
+    if SHARED not in message.content:
+        return Knowledge(adapters, tokens, options)
+    return Knowledge(adapters, tokens, options, message.content.array_records[SHARED][FLAT].numpy())
 
 
 def with_shard(content: RecordDict, shard: Shard) -> RecordDict:
@@ -212,18 +229,20 @@ def read_shard(message: Message) -> Shard:
 
 
 def score_reply(reply: ScoreReply, at: Binding, request: Message) -> Message:
-    metrics: dict[str, Any] = {"correct": reply.correct, COUNT: reply.count, "in-vocabulary": reply.in_vocabulary}
-    metrics["hits"] = list(reply.hits)
-    meta = ConfigRecord({**asdict(at), "predictions": json.dumps(reply.predictions)})
+    metrics: dict[str, Any] = {COUNT: reply.count, "hits": list(reply.hits)}
+    metrics |= {f"stats.{name}": list(total) for name, total in reply.stats.items()}
+    if reply.in_vocabulary is not None:
+        metrics["in-vocabulary"] = reply.in_vocabulary
+    meta = ConfigRecord({**asdict(at), "metrics": list(reply.stats), "predictions": json.dumps(reply.predictions)})
     return Message(RecordDict({METRICS: MetricRecord(metrics), META: meta}), reply_to=request)
 
 
 def read_scores(message: Message) -> ScoreReply:
-    metrics = message.content.metric_records[METRICS]
-    hits = tuple(cast(list[int], metrics["hits"]))
-    predictions = tuple(json.loads(str(message.content.config_records[META]["predictions"])))
-    correct, count, known = (metrics[key] for key in ("correct", COUNT, "in-vocabulary"))
-    return ScoreReply(float(cast(float, correct)), cast(int, count), cast(int, known), hits, predictions)
+    metrics, meta = message.content.metric_records[METRICS], message.content.config_records[META]
+    stats = {name: tuple(cast(list[float], metrics[f"stats.{name}"])) for name in cast(list[str], meta["metrics"])}
+    count, known, hits = metrics[COUNT], metrics.get("in-vocabulary"), cast(list[int], metrics["hits"])
+    predictions = tuple(json.loads(str(meta["predictions"])))
+    return ScoreReply(stats, cast(int, count), cast("int | None", known), tuple(hits), predictions)
 
 
 def with_question(content: RecordDict, text: str, image: bytes) -> RecordDict:

@@ -3,21 +3,16 @@
 `build` makes the `Scenario` of a run, `defaults` and `catalogue` read scenario files without touching any data.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedstrata.core.config import ScenarioSection, read_yaml
+from fedstrata.core.config import RunConfig, ScenarioSection, read_yaml
 from fedstrata.core.errors import BadInput, unknown
-from fedstrata.core.seeds import derive
-from fedstrata.scenarios import tasks
-from fedstrata.scenarios.definition import Definition, read
-from fedstrata.scenarios.partition import PARTITIONS, PartitionRule, Shares
-from fedstrata.scenarios.stream import Example, ImageSource, Pixels, Scenario, Task, digest
+from fedstrata.scenarios.building import assemble
+from fedstrata.scenarios.definition import read
+from fedstrata.scenarios.stream import Example, ImageSource, Pixels, Scenario, Task
 
 __all__ = [
     "Example",
@@ -29,36 +24,32 @@ __all__ = [
     "catalogue",
     "defaults",
     "is_scenario_file",
+    "of",
     "tuned",
 ]
 
 LIBRARY = Path(__file__).with_name("library")
-VERSION = 1  # of the hash: raised when equal definitions begin to mean other data
 
 
-def build(section: ScenarioSection, clients: int, seed: int) -> Scenario:
-    """The scenario of a run: content and partition are drawn from the run's seed, the same on every machine.
+def of(config: RunConfig, strict: bool = True) -> Scenario:
+    """The scenario of a run: content, partition and arrival are drawn from its seed, the same on every machine.
+
+    Args:
+        strict: refuse missing pictures; else they are listed in each task's `missing`.
 
     Raises:
         BadInput: an unknown scenario, a mistake in its file, in its data or in a record of them.
     """
+    federation = config.federation
+    return build(config.scenario, federation.clients, config.seed, federation.rounds_per_stage, strict)
+
+
+def build(section: ScenarioSection, clients: int, seed: int, rounds: int = 1, strict: bool = True) -> Scenario:
+    """`of` for the parts of a config that decide a scenario; `rounds` are those of a stage."""
     definition = read(_find(section.name))
     rule = definition.partition if section.beta is None else replace(definition.partition, beta=section.beta)
-    folder = definition.folder(section.root)
-    where = f"{definition.path}: tasks."
-    loaded = [tasks.load(name, spec, folder, seed, where + name) for name, spec in definition.tasks.items()]
-    shares = tuple(_shares(task, rule, clients, seed, where) for task, _ in loaded)
-    return Scenario(
-        name=Path(section.name).stem if _is_path(section.name) else section.name,
-        tasks=tuple(task for task, _ in loaded),
-        stages=definition.stages,
-        assign=definition.assign,
-        shares=shares,
-        vocabularies=tuple(answers for _, answers in loaded),
-        beta=rule.beta if rule.kind == "dirichlet" else None,
-        seed=seed,
-        hash=_hash(definition, rule, [task for task, _ in loaded], shares, seed),
-    )
+    name = Path(section.name).stem if _is_path(section.name) else section.name
+    return assemble(name, definition, section.root, rule, section.beta, clients, seed, rounds, strict)
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -99,28 +90,3 @@ def _find(name: str) -> Path:
 def _description(path: Path) -> str:
     found = re.match(r"(?:#(?! ?\w+:).*\n)+", path.read_text(encoding="utf-8"))
     return " ".join(line.lstrip("# ") for line in found[0].splitlines()) if found else ""
-
-
-def _shares(task: Task, rule: PartitionRule, clients: int, seed: int, where: str) -> Shares:
-    labels = [example.answer for example in task.train]
-    try:
-        return PARTITIONS[rule.kind](labels, clients, rule, derive(seed, "partition", task.name))
-    except BadInput as error:
-        raise BadInput(f"{where}{task.name}: {error}") from None
-
-
-def _hash(
-    definition: Definition, rule: PartitionRule, loaded: Sequence[Task], shares: Sequence[Shares], seed: int
-) -> str:
-    """No path is in it: moving the data or the file does not change what is learned, when, by whom."""
-    content = {
-        "version": VERSION,
-        "tasks": [[task.name, task.metric, digest(task.train), digest(task.val), digest(task.test)] for task in loaded],
-        "stages": definition.stages,
-        "assign": definition.assign,
-        "arrival": asdict(definition.arrival),
-        "partition": asdict(rule),
-        "shares": shares,
-        "seed": seed,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

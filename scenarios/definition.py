@@ -10,14 +10,17 @@ from typing import Any, get_type_hints
 from fedstrata.core.config import RunConfig, read_yaml, require
 from fedstrata.core.errors import BadInput, unknown
 from fedstrata.core.scoring import SCORERS
+from fedstrata.scenarios.arrival import ArrivalRule
+from fedstrata.scenarios.fcit_tables import FcitRule
+from fedstrata.scenarios.formats import FORMATS
 from fedstrata.scenarios.partition import PartitionRule
 from fedstrata.scenarios.schema import expect, fill, listing, mapping
 
-Indices = tuple[tuple[int, ...], ...]
+Lists = tuple[tuple[int, ...], ...]
+Assign = tuple[Lists, ...]
 MOST_GENERATED = 20_000  # a split; the generators draw until they have as many different examples
-FORMATS = ("llava",)
-ARRIVALS = ("stages",)
-KEYS = ("tasks", "stages", "assign", "partition", "arrival", "root", "defaults", "tuned")
+KEYS = ("tasks", "stages", "assign", "partition", "arrival", "fcit", "root", "defaults", "tuned")
+OURS = ("tasks", "stages", "assign", "partition", "arrival")  # what FCIT's own files say
 NOT_DEFAULTS = ("seed", "run")  # they belong to a run, never to a scenario
 
 
@@ -40,7 +43,10 @@ class GeneratedTask:
 
 @dataclass(frozen=True)
 class FileTask:
-    """A task of instruction files; without `val`, rows of `train` are held out for validation."""
+    """A task of instruction files, or of a Hugging Face dataset; without `val`, rows of `train` are held out.
+
+    With `dataset` (a hub name or a folder), `train`, `test` and `val` name its splits.
+    """
 
     train: str
     test: str
@@ -48,38 +54,43 @@ class FileTask:
     images: str | None = None  # a folder or a .zip file
     format: str = "llava"
     metric: str = "exact_match"
+    beside: list[str] = field(default_factory=list)  # further metrics, reported beside `metric`
     suffix: str = ""
     train_rows: int | None = None
     test_rows: int | None = None
+    dataset: str | None = None
+    subset: str | None = None  # a dataset's configuration
+    fields: dict[str, str] = field(default_factory=dict)  # format `fields`: question, answer and image → record's key
+    answers: list[str] = field(default_factory=list)  # only rows with one of these answers; empty: all
+    where: dict[str, str] = field(default_factory=dict)  # only records whose fields have these values
 
     def __post_init__(self) -> None:
         for key in ("train_rows", "test_rows"):
             count = getattr(self, key)
             require(count is None or count >= 1, key, "at least 1", count)
-        _check_name("format", self.format, FORMATS)
-        _check_name("metric", self.metric, tuple(SCORERS))
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """When data becomes known to its clients. `stages`: all data of a stage at its beginning."""
-
-    kind: str = "stages"
-
-    def __post_init__(self) -> None:
-        _check_name("kind", self.kind, ARRIVALS)
+        _check_name("format", self.format, tuple(FORMATS))
+        for metric in (self.metric, *self.beside):
+            _check_name("metric", metric, tuple(SCORERS))
+        for key in self.fields:
+            _check_name("fields", key, ("question", "answer", "image"))
+        good = (self.format == "fields") == bool(self.fields)
+        require(good, "fields", "there with format: fields, and only then", self.fields)
 
 
 @dataclass(frozen=True)
 class Definition:
-    """A checked scenario file. `stages` and `assign` hold indices into `tasks`, as in `stream.Scenario`."""
+    """A checked scenario file. `stages` and `assign` hold indices into `tasks`, as in `stream.Scenario`.
+
+    With `fcit`, tasks, stages and partition come from the published files.
+    """
 
     path: Path
-    tasks: Mapping[str, GeneratedTask | FileTask]
-    stages: Indices
-    assign: Indices | None
+    tasks: Mapping[str, GeneratedTask | FileTask] = field(default_factory=dict)
+    stages: Lists = ()
+    assign: Assign | None = None
     partition: PartitionRule = field(default_factory=PartitionRule)
-    arrival: Arrival = field(default_factory=Arrival)
+    arrival: ArrivalRule = field(default_factory=ArrivalRule)
+    fcit: FcitRule | None = None
     root: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -104,21 +115,38 @@ def read(path: Path) -> Definition:
         raise BadInput(f"{path}: not a readable YAML file: {error}") from error
     for key in tree:
         _check_name(f"{path}: {key}", key, KEYS)
-    tasks = _tasks(tree.get("tasks"), f"{path}: tasks")
-    assign = _assign(tree.get("assign", "homogeneous"), tuple(tasks), f"{path}: assign")
     root = tree.get("root", "")
     expect(isinstance(root, str), f"{path}: root", "a text", root)
     return Definition(
         path=path,
-        tasks=tasks,
-        stages=_stages(tree.get("stages"), assign, tuple(tasks), f"{path}: stages"),
-        assign=assign,
-        partition=fill(PartitionRule, tree.get("partition", {}), f"{path}: partition"),
-        arrival=fill(Arrival, tree.get("arrival", {}), f"{path}: arrival"),
         root=root,
         defaults=_defaults(tree.get("defaults", {}), f"{path}: defaults"),
         tuned=_tuned(tree.get("tuned", {}), f"{path}: tuned"),
+        **(_published(tree, path) if "fcit" in tree else _own(tree, path)),
     )
+
+
+def _published(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    for key in OURS:
+        if key in tree:
+            raise BadInput(f"{path}: {key}: must be left out beside fcit, whose files say it")
+    return {"fcit": fill(FcitRule, tree["fcit"], f"{path}: fcit")}
+
+
+def _own(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    tasks = _tasks(tree.get("tasks"), f"{path}: tasks")
+    assign = _assign(tree.get("assign", "homogeneous"), tuple(tasks), f"{path}: assign")
+    arrival = fill(ArrivalRule, tree.get("arrival", {}), f"{path}: arrival")
+    # positions say who trains what, so the clock can say neither who nor when
+    good = assign is None or (arrival.kind == "stages" and arrival.repeats == "same")
+    expect(good, f"{path}: arrival", "kind stages with repeats same beside heterogeneous assign", arrival.kind)
+    return {
+        "tasks": tasks,
+        "stages": _stages(tree.get("stages"), assign, tuple(tasks), f"{path}: stages"),
+        "assign": assign,
+        "partition": fill(PartitionRule, tree.get("partition", {}), f"{path}: partition"),
+        "arrival": arrival,
+    }
 
 
 def _tuned(tree: object, where: str) -> Mapping[str, Mapping[str, Any]]:
@@ -137,13 +165,24 @@ def _task(block: object, where: str) -> GeneratedTask | FileTask:
     return fill(GeneratedTask, keys, where) if "generate" in keys else fill(FileTask, keys, where)
 
 
-def _assign(tree: object, names: tuple[str, ...], where: str) -> Indices | None:
-    return None if tree == "homogeneous" else _lists(tree, names, where, "homogeneous or a list of lists of task names")
+def _assign(tree: object, names: tuple[str, ...], where: str) -> Assign | None:
+    """Per stage, per position: a task, or a list of tasks."""
+    if tree == "homogeneous":
+        return None
+    rule = "homogeneous or a list of lists of task names"
+    stages = [listing(entry, where, rule) for entry in listing(tree, where, rule)]
+    return tuple(
+        tuple(
+            tuple(_index(name, names, where) for name in (place if isinstance(place, list) else [place]))
+            for place in stage
+        )
+        for stage in stages
+    )
 
 
-def _stages(tree: object, assign: Indices | None, names: tuple[str, ...], where: str) -> Indices:
+def _stages(tree: object, assign: Assign | None, names: tuple[str, ...], where: str) -> Lists:
     """With `assign` the stages may be left out: those are the tasks that it gives out, and must be."""
-    given = tuple(tuple(dict.fromkeys(stage)) for stage in assign or ())
+    given = tuple(tuple(dict.fromkeys(task for place in stage for task in place)) for stage in assign or ())
     if tree is None and assign is not None:
         return tuple(tuple(sorted(stage)) for stage in given)
     stages = _lists(tree, names, where, "a list of lists of task names, one list a stage")
@@ -154,7 +193,7 @@ def _stages(tree: object, assign: Indices | None, names: tuple[str, ...], where:
     return stages
 
 
-def _lists(tree: object, names: tuple[str, ...], where: str, rule: str) -> Indices:
+def _lists(tree: object, names: tuple[str, ...], where: str, rule: str) -> Lists:
     lists = [listing(entry, where, rule) for entry in listing(tree, where, rule)]
     return tuple(tuple(_index(name, names, where) for name in entry) for entry in lists)
 

@@ -1,6 +1,7 @@
 """Pictures in a folder or in a zip: named by records we do not trust, checked when loaded, opened when needed.
 
-A record's name may not leave its root: no `..`, no absolute path, no backslash, no symlink that leads out.
+A record's name may not leave its root: no `..`, no absolute path, no drive, no symlink that leads out. Backslashes, as
+in files written on Windows, separate folders.
 """
 
 import io
@@ -17,7 +18,7 @@ from fedstrata.core.errors import BadInput
 
 MOST_PIXELS = 64_000_000  # an 8000 x 8000 picture; more is a mistake or a decompression bomb
 MOST_BYTES = 256_000_000
-_UNSAFE = re.compile("[\\\\\0\ud800-\udfff]")  # backslash, NUL, halves of surrogate pairs
+_UNSAFE = re.compile("[\0\ud800-\udfff]")  # NUL, halves of surrogate pairs
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class ImageFile:
         if not _inside(os.path.realpath(path), self.root):  # it may have been swapped since it was loaded
             raise BadInput(f"{path}: image must lie inside {self.root}")
         try:
-            _refuse_large(self.key(), path.stat().st_size)
+            refuse_large(self.key(), path.stat().st_size)
             data = path.read_bytes()
         except OSError as error:
             raise BadInput(f"{path}: not a readable image file: {error.strerror}") from error
-        return _decode(data, self.key())
+        return decode(data, self.key())
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ class ZipMember:
         """RGB. Raises `BadInput` when the archive is gone or damaged, or the member is no image or too large."""
         try:
             archive = _archive(self.archive)
-            _refuse_large(self.key(), archive.getinfo(self.member).file_size)
+            refuse_large(self.key(), archive.getinfo(self.member).file_size)
             data = archive.read(self.member)
         except BadInput:
             raise
         except Exception as error:  # zipfile, zlib, bz2 and lzma have an error class each
             raise BadInput(f"{self.key()}: not a readable member of the zip file: {error}") from error
-        return _decode(data, self.key())
+        return decode(data, self.key())
 
 
 class FolderImages:
@@ -111,7 +112,8 @@ class ZipImages:
             raise BadInput(f"{path}: no such zip file of images") from None
         except Exception as error:  # a damaged directory raises more than BadZipFile
             raise BadInput(f"{path}: not a readable zip file: {error}") from error
-        self._members = {str(PurePosixPath(name)): name for name in names if not name.endswith("/")}
+        files = [name for name in names if not name.endswith(("/", "\\"))]
+        self._members = {str(PurePosixPath(name.replace("\\", "/"))): name for name in files}
 
     def source(self, name: str, where: str = "image") -> ZipMember:
         """Raises `BadInput` that begins with `where` (file and record) when `name` is no plain relative path."""
@@ -128,15 +130,18 @@ def open_images(path: str | Path) -> FolderImages | ZipImages:
 
 
 def safe_name(name: str, where: str) -> str:
-    """`name` without a leading `./` or doubled slashes. Raises `BadInput` when it could lead out of its root.
+    """`name` with forward slashes, without a leading `./` or doubled ones.
+
+    Raises:
+        BadInput: it could lead out of its root. Begins with `where`.
 
     >>> safe_name("./images//1.png", "train.json: record 1")
     'images/1.png'
     """
-    pure = PurePosixPath(name)
+    pure = PurePosixPath(name.replace("\\", "/"))
     drive = len(name) > 1 and name[1] == ":"
     if drive or pure.is_absolute() or ".." in pure.parts or not pure.parts or _UNSAFE.search(name):
-        rule = "image must be a relative path with forward slashes that stays inside the images folder"
+        rule = "image must be a relative path that stays inside the images folder"
         raise BadInput(f"{where}: {rule}, got {name[:100]!r}")
     return str(pure)
 
@@ -155,12 +160,14 @@ def _inside(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip("/") + "/")
 
 
-def _refuse_large(key: str, size: int) -> None:
+def refuse_large(key: str, size: int) -> None:
+    """Raises `BadInput`, beginning with `key`, for more than `MOST_BYTES`."""
     if size > MOST_BYTES:
         raise BadInput(f"{key}: image must have at most {MOST_BYTES:,} bytes, got {size:,}")
 
 
-def _decode(data: bytes, key: str) -> Image.Image:
+def decode(data: bytes, key: str) -> Image.Image:
+    """RGB, from an image file's bytes. Raises `BadInput`, beginning with `key`, for what is no image or too large."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size

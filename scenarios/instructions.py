@@ -1,157 +1,180 @@
-"""Instruction files in LLaVA's conversation layout (github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md).
+"""From records to rows: every record is checked when its store is loaded, and read again when its row is asked for."""
 
-`[{"id": ..., "image": "a/1.png", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}, ...]`;
-extra keys are ignored, a record without `image` is text-only.
-"""
-
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+import json
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from fedstrata.core.errors import BadInput
-from fedstrata.core.seeds import generator
-from fedstrata.scenarios.images import FolderImages, ZipImages, open_images
-from fedstrata.scenarios.jsonfile import brief, read_records
-from fedstrata.scenarios.stream import Example, ImageSource
-
-log = logging.getLogger(__name__)
-
-IMAGE_TAG = "<image>"
-ASKS, ANSWERS = ("human", "user"), ("gpt", "assistant")
+from fedstrata.scenarios.example import Example, ImageSource
+from fedstrata.scenarios.formats import FORMATS, Parsed, clean, typed
+from fedstrata.scenarios.images import FolderImages, ZipImages
+from fedstrata.scenarios.jsonfile import brief
+from fedstrata.scenarios.marking import Marker, name_of
+from fedstrata.scenarios.rows import Marks, Rows
 
 
-def load_examples(
-    path: str | Path, images: str | Path | None = None, limit: int | None = None, suffix: str = ""
-) -> list[Example]:
-    """Every question with its answer: one example a record; `id#1`, `id#2`, ... of a record with several.
+class Store(Protocol):
+    """Where records lie: `label` is what messages begin with, `short` what stands in lists."""
 
-    Args:
-        images: the folder or .zip file that the records' `image` names are relative to.
-        limit: take this many examples, spread over the file (`spread`). The whole file is checked all the same.
-        suffix: put on a line of its own at the end of every question.
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def short(self) -> str: ...
+
+    def scan(self) -> Iterator[Any]:
+        """All records in order, one in memory at a time."""
+
+    def fetch(self, number: int) -> Any:
+        """The record with this number, counted from 1. Raises `BadInput` when it was changed since it was scanned."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records become rows.
+
+    Attributes:
+        whole: a conversation is one example (training); else every answered turn is one (scoring).
+        where: only records whose fields have these values; `answers`: only rows with one of these answers.
+        source: the record's field, or a function of the record, whose value goes into `Marks.source`.
+    """
+
+    format: str = "auto"
+    images: FolderImages | ZipImages | None = None
+    suffix: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = True
+    where: Mapping[str, str] = field(default_factory=dict)
+    answers: frozenset[str] = frozenset()
+    source: str | Callable[[Mapping[str, Any]], str] | None = None
+
+    def parse(self, record: Any, where: str) -> Parsed:
+        """Raises `BadInput` that begins with `where` (file and record)."""
+        return FORMATS[self.format](typed(record, dict, where, "a mapping"), where, self.fields)
+
+    def wants(self, record: Mapping[str, Any]) -> bool:
+        return all(key in record and _word(record[key]) == value for key, value in self.where.items())
+
+    def origin(self, record: Mapping[str, Any], where: str) -> str | None:
+        """The row's source. Raises `BadInput` for a record without the field."""
+        if self.source is None:
+            return None
+        if callable(self.source):
+            return clean(self.source(record), f"{where}: source")
+        if record.get(self.source) is None:
+            came = brief(", ".join(record))
+            raise BadInput(f"{where}: must have the field {self.source} that the partition names, got the keys {came}")
+        return clean(_word(record[self.source]), f"{where}: {self.source}")
+
+    def picture(self, parsed: Parsed, where: str) -> ImageSource | None:
+        """Raises `BadInput` for a name that leaves its root."""
+        if not isinstance(parsed.image, str):
+            return parsed.image
+        if self.images is None:
+            came = f"got image {brief(parsed.image)}"
+            raise BadInput(f"{where}: the task must name its images (a folder or a .zip file), {came}")
+        return self.images.source(parsed.image, where)
+
+    def lacks(self, image: ImageSource | None) -> bool:
+        """Whether it is a picture by name that is not there."""
+        named = self.images is not None and hasattr(image, "name") and not hasattr(image, "column")
+        return named and not self.images.has(image)  # type: ignore[union-attr, arg-type]
+
+    def examples(self, parsed: Parsed, base: str, image: ImageSource | None) -> list[Example]:
+        """One example, or one for each answered turn, `base#1`, `base#2`, ..."""
+        end = f"\n{self.suffix}" if self.suffix else ""
+        turns = [(question + end, answer) for question, answer in parsed.turns]
+        if self.whole:
+            return [Example(base, *turns[0], image, tuple(turns[1:]))]
+        return [Example(name_of(base, k, len(turns)), *turn, image) for k, turn in enumerate(turns)]
+
+
+@dataclass
+class Found:
+    """What loading found: things worth telling, and pictures that are not there."""
+
+    notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def refuse_missing(found: Found, where: str) -> None:
+    """Raises `BadInput` when pictures are missing: how many, and the first few."""
+    if found.missing:
+        some = ", ".join(found.missing[:3]) + (", ..." if len(found.missing) > 3 else "")
+        raise BadInput(f"{where}: {len(found.missing)} images are missing: {some}")
+
+
+def load(store: Store, reading: Reading, found: Found) -> Rows:
+    """Checks every record.
 
     Raises:
-        BadInput: one message with the file, the record (counted from 1), the rule and what came. Missing pictures
-            are counted, the first few named.
+        BadInput: one message with the store, the record (counted from 1), the rule and what came. Missing pictures are
+            told to `found` instead.
     """
-    reader = _Reader(Path(path), None if images is None else open_images(images), suffix)
-    records = enumerate(read_records(reader.path), 1)
-    examples = [example for number, record in records for example in reader.read(number, record)]
-    reader.finish(len(examples))
-    return [examples[index] for index in spread(len(examples), limit)]
+    marker, turns, ignored = Marker(), array("H"), 0
+    for number, record in enumerate(store.scan(), 1):
+        where = f"{store.label}: record {number}"
+        parsed = reading.parse(record, where)
+        if not reading.wants(record):
+            continue
+        image = reading.picture(parsed, where)
+        if reading.lacks(image):
+            found.missing.append(f"{brief(parsed.image)} ({store.short}: record {number})")
+        ignored += parsed.ignored
+        origin, own = reading.origin(record, where), usable_id(parsed.id, where)
+        for turn, example in enumerate(reading.examples(parsed, "", image)):
+            if not reading.answers or example.answer in reading.answers:
+                marker.add(example, own, number, turn, len(parsed.turns), origin)
+                turns.append(_small(turn, where))
+    _check_any(store.label, len(turns), reading)
+    if ignored:
+        found.notes.append(f"{store.label}: {ignored} turns ignored: no question with an answer right after it")
+    return StoredRows(store, reading, marker, turns)
 
 
-def spread(n: int, limit: int | None) -> list[int]:
-    """Ascending indices below `n`: all, or one from each of `limit` equal slices of the range.
-
-    The place within a slice is drawn (always alike), so that files sorted by class and files in which the classes
-    take turns both stay balanced.
-    """
-    if limit is None or limit >= n:
-        return list(range(n))
-    edges = [slot * n // limit for slot in range(limit + 1)]
-    places = generator(0, "spread", n, limit).random(limit)
-    return [low + int(place * (high - low)) for (low, high), place in zip(pairwise(edges), places, strict=True)]
+def usable_id(given: object, where: str) -> str | None:
+    """The record's own id as text; None for what cannot be one."""
+    if isinstance(given, bool) or not isinstance(given, str | int) or str(given) == "":
+        return None
+    return clean(str(given), f"{where}: id")
 
 
-class _Reader:
-    """Turns records into examples; remembers the ids given and the pictures missed."""
+class StoredRows(Rows):
+    """Rows of one store: record numbers, turns and marks."""
 
-    def __init__(self, path: Path, images: FolderImages | ZipImages | None, suffix: str) -> None:
-        self.path, self.images, self.suffix = path, images, suffix
-        self.ids: set[str] = set()
-        self.missing: list[str] = []
-        self.ignored = 0
+    def __init__(self, store: Store, reading: Reading, marker: Marker, turns: "array[int]") -> None:
+        self._store, self._reading, self._marker, self._turns = store, reading, marker, turns
+        self.marks: Marks = marker.marks()
 
-    def read(self, number: int, record: Any) -> Iterator[Example]:
-        where = f"{self.path}: record {number}"
-        record = _typed(record, dict, where, "a mapping")
-        pairs = self._pairs(record, where)
-        image = self._image(record, where)
-        ends = [""] if len(pairs) == 1 else [f"#{turn}" for turn in range(1, len(pairs) + 1)]
-        base = self._free_id(record.get("id"), number, ends)
-        for end, (question, answer) in zip(ends, pairs, strict=True):
-            yield Example(base + end, question, answer, image)
+    def __len__(self) -> int:
+        return len(self._turns)
 
-    def finish(self, count: int) -> None:
-        """Raises `BadInput` for what only the whole file shows."""
-        if not count:
-            raise BadInput(f"{self.path}: must hold at least one record, got none")
-        if self.missing and self.images is not None:
-            some = ", ".join(self.missing[:3]) + (", ..." if len(self.missing) > 3 else "")
-            raise BadInput(f"{self.path}: {len(self.missing)} images are missing under {self.images.root}: {some}")
-        if self.ignored:
-            log.warning("%s: %d turns ignored: no question with an answer right after it", self.path, self.ignored)
-
-    def _pairs(self, record: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
-        """[(question, answer)] of the questions that are answered in the next turn."""
-        turns = _typed(record.get("conversations"), list, f"{where}: conversations", "a list of turns")
-        said = [_turn(turn, f"{where}: turn {place}") for place, turn in enumerate(turns, 1)]
-        pairs = [
-            (self._question(ask[1], where), _filled(reply[1], f"{where}: answer"))
-            for ask, reply in pairwise(said)
-            if ask[0] in ASKS and reply[0] in ANSWERS
-        ]
-        if not pairs:
-            came = brief(", ".join(who for who, _ in said))
-            raise BadInput(f"{where}: conversations must hold a human turn followed by a gpt turn, got {came}")
-        self.ignored += len(said) - 2 * len(pairs)
-        return pairs
-
-    def _question(self, text: str, where: str) -> str:
-        question = _filled(text.replace(IMAGE_TAG, ""), f"{where}: question (without {IMAGE_TAG})")
-        return f"{question}\n{self.suffix}" if self.suffix else question
-
-    def _image(self, record: Mapping[str, Any], where: str) -> ImageSource | None:
-        name = record.get("image")
-        if name is None:
-            return None
-        name = _typed(name, str, f"{where}: image", "a path")
-        if self.images is None:
-            raise BadInput(f"{where}: the task must name its images (a folder or a .zip file), got image {brief(name)}")
-        return self._found(self.images, name, where)
-
-    def _found(self, images: FolderImages | ZipImages, name: str, where: str) -> ImageSource:
-        source = images.source(name, where)
-        if not images.has(source):
-            self.missing.append(f"{brief(name)} ({where.rpartition(': ')[2]})")
-        return source
-
-    def _free_id(self, given: object, number: int, ends: Sequence[str]) -> str:
-        """The record's own id; its number where it has none or another record has it, dashed until it is free."""
-        usable = isinstance(given, str | int) and not isinstance(given, bool) and str(given) != ""
-        base = _text(str(given), f"{self.path}: record {number}: id") if usable else str(number)
-        if any(base + end in self.ids for end in ends):
-            base = str(number)
-        while any(base + end in self.ids for end in ends):
-            base += "-"
-        self.ids.update(base + end for end in ends)
-        return base
+    def read(self, row: int) -> Example:
+        number = self._marker.number(row)
+        where = f"{self._store.label}: record {number}"
+        parsed = self._reading.parse(self._store.fetch(number), where)
+        base = self._marker.id_of(row, usable_id(parsed.id, where))
+        return self._reading.examples(parsed, base, self._reading.picture(parsed, where))[self._turns[row]]
 
 
-def _turn(turn: Any, where: str) -> tuple[str, str]:
-    """(who, what they said)."""
-    fields = _typed(turn, dict, where, "a mapping with from and value")
-    who = _typed(fields.get("from"), str, f"{where}: from", "human or gpt")
-    return who, _text(_typed(fields.get("value"), str, f"{where}: value", "a text"), f"{where}: value")
+def _check_any(where: str, rows: int, reading: Reading) -> None:
+    """Raises `BadInput` when no row is left."""
+    if not rows and (reading.where or reading.answers):
+        told = [f"where {dict(reading.where)}"] if reading.where else []
+        told += [f"answers {sorted(reading.answers)}"] if reading.answers else []
+        raise BadInput(f"{where}: no row is left by {' and '.join(told)}")
+    if not rows:
+        raise BadInput(f"{where}: must hold at least one record, got none")
 
 
-def _typed(value: Any, kind: type, where: str, rule: str) -> Any:
-    if not isinstance(value, kind):
-        raise BadInput(f"{where} must be {rule}, got {brief(value)}")
-    return value
+def _word(value: object) -> str:
+    """A field's value as people write it: texts as they are, all else as in JSON (`true`, `3`)."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _filled(text: str, where: str) -> str:
-    if not text.strip():
-        raise BadInput(f"{where} must not be empty, got {brief(text)}")
-    return text.strip()
-
-
-def _text(text: str, where: str) -> str:
-    """Refuses what no tokenizer takes: NUL characters and halves of surrogate pairs."""
-    if "\0" in text or (not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text)):
-        raise BadInput(f"{where} must be Unicode text without NUL characters, got {brief(text)}")
-    return text
+def _small(turn: int, where: str) -> int:
+    if turn >= 2**16:
+        raise BadInput(f"{where}: conversations must have at most {2**16:,} answered turns")
+    return turn

@@ -24,23 +24,31 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from fedstrata.core.errors import BadInput
 from fedstrata.core.seeds import generator
 from fedstrata.scenarios import mini_pictures as pictures
 from fedstrata.scenarios.mini_pictures import KINDS, NAMES, Combination, Drawn, Rng
 from fedstrata.scenarios.stream import Example, Pixels, Task
 
+PATIENCE = 20_000
+"""Fruitless tries in a row after which a split counts as used up."""
+
 
 @dataclass(frozen=True)
-class _Maker:
-    """`combine` draws what decides the split; `render` gives (picture, question slot, answer)."""
+class Maker:
+    """`combine` draws what decides the split; `render` gives (picture, question slot, answer).
+
+    `numbered`: the combination is a record's number, and that alone decides the split, whatever the task's name.
+    """
 
     prompts: tuple[str, ...]
     combine: Callable[[Rng], Combination]
     render: Callable[[Rng, Combination], Drawn]
+    numbered: bool = False
 
 
-_MAKERS: Mapping[str, _Maker] = {
-    "names": _Maker(
+_MAKERS: Mapping[str, Maker] = {
+    "names": Maker(
         (
             "Which digit did somebody write by hand?",
             "Which digit did a person write by hand?",
@@ -48,8 +56,9 @@ _MAKERS: Mapping[str, _Maker] = {
         ),
         lambda rng: (pictures.pick(rng, 1797),),
         pictures.draw_name,
+        numbered=True,
     ),
-    "charts": _Maker(
+    "charts": Maker(
         (
             "Of all bars charted, pick the tallest.",
             "From all bars charted, pick the tallest.",
@@ -58,7 +67,7 @@ _MAKERS: Mapping[str, _Maker] = {
         pictures.heights,
         pictures.draw_chart,
     ),
-    "icons": _Maker(
+    "icons": Maker(
         (
             "Are both icons identical?",
             "Are both these icons identical?",
@@ -67,7 +76,7 @@ _MAKERS: Mapping[str, _Maker] = {
         pictures.icon_pair,
         pictures.draw_icons,
     ),
-    "counting": _Maker(
+    "counting": Maker(
         (
             "How many dots can you count?",
             "How many dots do you count?",
@@ -76,7 +85,7 @@ _MAKERS: Mapping[str, _Maker] = {
         pictures.cells,
         pictures.draw_dots,
     ),
-    "reading": _Maker(
+    "reading": Maker(
         (
             "Spell out the {} printed letter.",
             "Spell out the {} letter, printed here.",
@@ -85,7 +94,7 @@ _MAKERS: Mapping[str, _Maker] = {
         pictures.word,
         pictures.draw_word,
     ),
-    "captions": _Maker(
+    "captions": Maker(
         (
             "Write a short caption describing this photo.",
             "Compose a short caption describing this photo.",
@@ -94,7 +103,7 @@ _MAKERS: Mapping[str, _Maker] = {
         pictures.scene,
         pictures.draw_scene,
     ),
-    "figures": _Maker(
+    "figures": Maker(
         (
             "Does the plotted curve rise towards its right end?",
             "Does the plotted curve rise from left to right?",
@@ -103,7 +112,7 @@ _MAKERS: Mapping[str, _Maker] = {
         pictures.bends,
         pictures.draw_curve,
     ),
-    "attributes": _Maker(
+    "attributes": Maker(
         (
             "What colour has the {} object?",
             "What colour does the {} object have?",
@@ -144,40 +153,52 @@ def prompts(name: str) -> tuple[str, ...]:
     return _MAKERS[name].prompts
 
 
-def _split_of(name: str, combination: Combination) -> str:
+def _split_of(name: str, maker: Maker, combination: Combination) -> str:
     """Three fifths of all combinations are for training, one for validation, one for test."""
-    if name == "names":
+    if maker.numbered:
         part = int(combination[0]) % 5
     else:
         part = hashlib.sha256(repr((name, combination)).encode()).digest()[0] % 5
     return ("train", "train", "train", "val", "test")[part]
 
 
-def _draw(name: str, split: str, seed: int, count: int) -> tuple[Example, ...]:
-    """`count` different examples of one split, a pure function of the arguments."""
-    maker, rng = _MAKERS[name], generator(seed, "mini", name, split)
+def draw(name: str, maker: Maker, split: str, rng: Rng, count: int, most: int) -> tuple[Example, ...]:
+    """`count` different examples of one split, at most `most` with the same answer; all chance comes from `rng`.
+
+    Raises:
+        BadInput: the split does not hold that many.
+    """
     seen: set[tuple[bytes, str]] = set()
     given: Counter[str] = Counter()
-    most = -(-count // min(len(ANSWERS[name]), 10)) if name != "captions" else count
     examples: list[Example] = []
+    tries = 0
     while len(examples) < count:
+        tries += 1
+        if tries > PATIENCE:
+            raise BadInput(f"{name}: {split} must be fewer, no new example came after {len(examples)}, got {count}")
         combination = maker.combine(rng)
-        if _split_of(name, combination) != split:
+        if _split_of(name, maker, combination) != split:
             continue
         picture, slot, answer = maker.render(rng, combination)
         question = maker.prompts[pictures.pick(rng, len(maker.prompts))].format(slot)
         if given[answer] < most and (key := (picture.tobytes(), question)) not in seen:
             seen.add(key)
             given[answer] += 1
+            tries = 0
             examples.append(Example(f"{name}-{split}-{len(examples)}", question, answer, Pixels(picture)))
     return tuple(examples)
+
+
+def _drawn(name: str, split: str, seed: int, count: int) -> tuple[Example, ...]:
+    most = -(-count // min(len(ANSWERS[name]), 10)) if name != "captions" else count
+    return draw(name, _MAKERS[name], split, generator(seed, "mini", name, split), count, most)
 
 
 def mini_task(name: str, seed: int, train: int, val: int, test: int) -> Task:
     """One of `MINI_TASKS` with that many examples per split: pictures [32, 32, 3], scored by exact match."""
     return Task(
         name,
-        train=_draw(name, "train", seed, train),
-        val=_draw(name, "val", seed, val),
-        test=_draw(name, "test", seed, test),
+        train=_drawn(name, "train", seed, train),
+        val=_drawn(name, "val", seed, val),
+        test=_drawn(name, "test", seed, test),
     )

@@ -1,10 +1,12 @@
-"""Who holds which training row: pure functions of (labels or their number, clients, seed).
+"""Who holds which training row: pure functions of (labels, clients, seed).
 
-Every row lands at exactly one client. A new kind is one function of (labels, clients, rule, seed) in `PARTITIONS`.
+Every row lands at exactly one client. A new kind is one function of (deck, rule) in `PARTITIONS`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,90 +14,128 @@ from numpy.typing import NDArray
 from fedstrata.core.config import require
 from fedstrata.core.errors import BadInput, unknown
 from fedstrata.core.seeds import generator
+from fedstrata.scenarios.dealing import (
+    Indices,
+    Shares,
+    by_source,
+    check_sizes,
+    dirichlet_label,
+    dirichlet_quantity,
+    iid,
+)
+from fedstrata.scenarios.saved import load_saved, sha256_of
 
-Shares = tuple[tuple[int, ...], ...]
-"""Per client, the ascending indices of its rows."""
+__all__ = ["PARTITIONS", "Deck", "Indices", "PartitionRule", "Shares", "describe"]
 
-TRIES = 1000
-HUGE = 1e9  # beyond it a Dirichlet draw is uniform to rounding, and its gamma variates may overflow
+LABELS = ("answer", "source", "task")
+MAY_BE_EMPTY = ("by-task", "by-source", "file")  # kinds in which a client may hold nothing of a task
 
 
 @dataclass(frozen=True)
 class PartitionRule:
-    """A scenario file's `partition` block. `beta` concentrates a Dirichlet draw: smaller means more skew."""
+    """A scenario file's `partition` block.
+
+    Attributes:
+        beta: concentrates a Dirichlet draw: smaller means more skew.
+        min_size: rows of every task that each client (by-task: each of the task's clients) has at least.
+        label: what `dirichlet-label` skews: answers, values of the record's `field`, or the task as a whole.
+        field: the record's field that names a row's source, for `by-source` and `label: source`.
+        file: a saved partition, for `kind: file`; relative to the scenario file.
+    """
 
     kind: str = "dirichlet"
     beta: float = 1.0
     min_size: int = 1
+    label: str = "answer"
+    field: str = ""
+    file: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in PARTITIONS:
             raise unknown("kind", self.kind, PARTITIONS)
+        if self.label not in LABELS:
+            raise unknown("label", self.label, LABELS)
         require(0 < self.beta < float("inf"), "beta", "a finite number above 0", self.beta)
-        require(self.min_size >= 1, "min_size", "at least 1 (every client has data)", self.min_size)
+        least = 0 if self.kind in MAY_BE_EMPTY else 1
+        require(self.min_size >= least, "min_size", f"at least {least} with kind {self.kind}", self.min_size)
+        wanted = self.kind == "by-source" or self.label == "source"
+        skews = self.kind == "dirichlet-label" or self.label == "answer"
+        require(skews, "label", "left out unless kind is dirichlet-label", self.label)
+        require(wanted == bool(self.field), "field", "there with by-source or label: source, and only then", self.field)
+        require((self.kind == "file") == bool(self.file), "file", "there with kind: file, and only then", self.file)
+
+    @property
+    def source(self) -> str | None:
+        """The record's field that loading must keep."""
+        return self.field or None
 
 
-def dirichlet_quantity(n: int, clients: int, beta: float, seed: int, min_size: int = 1) -> Shares:
-    """FCIT's law (arXiv 2503.12897, section 3): client k holds a share p_k of shuffled rows, p ~ Dirichlet(beta · 1).
+@dataclass(frozen=True)
+class Deck:
+    """One task's rows, to be dealt.
 
-    The published code floors each share and drops the remainder; here the largest remainders get it.
-
-    Raises:
-        BadInput: `n` rows cannot, or by this law practically never, give every client `min_size` of them.
+    Attributes:
+        labels: uint64 per row; equal means the same label.
+        seed: derived from the run's seed and the task.
+        task, tasks: the task's index, and how many tasks there are.
+        digest: SHA-256 of the rows, which a saved partition must match.
+        folder: the scenario file's.
     """
-    _check_enough(n, clients, min_size)
-    rng = generator(seed, "dirichlet-quantity", n, clients)
-    for _ in range(TRIES):
-        proportions = rng.dirichlet(np.full(clients, min(beta, HUGE)))
-        if np.isfinite(proportions).all() and (sizes := largest_remainder(proportions, n)).min() >= min_size:
-            return _deal(rng.permutation(n), sizes)
-    raise BadInput(
-        f"partition: none of {TRIES} Dirichlet draws with beta={beta:g} gave each of {clients} clients at least "
-        f"{min_size} of {n} rows; raise beta, lower partition.min_size or take fewer federation.clients"
-    )
+
+    labels: NDArray[np.uint64]
+    clients: int
+    seed: int
+    task: int = 0
+    tasks: int = 1
+    name: str = ""
+    digest: str = ""
+    folder: Path = Path()
 
 
-def iid(n: int, clients: int, seed: int, min_size: int = 1) -> Shares:
-    """Shuffled rows in equal parts; sizes differ by one at most. Raises `BadInput` for too few rows."""
-    _check_enough(n, clients, min_size)
-    return _deal(generator(seed, "iid", n, clients).permutation(n), largest_remainder(np.full(clients, 1 / clients), n))
+def describe(rule: PartitionRule, folder: Path = Path()) -> dict[str, Any]:
+    """What the scenario's hash says of the rule: keys added later count only when they differ from their default."""
+    told: dict[str, Any] = {"kind": rule.kind, "beta": rule.beta, "min_size": rule.min_size}
+    told |= {key: value for key in ("label", "field") if (value := getattr(rule, key)) != getattr(PartitionRule, key)}
+    return told | ({"file": sha256_of(folder / rule.file)} if rule.file else {})
 
 
-def largest_remainder(proportions: NDArray[np.float64], n: int) -> NDArray[np.int64]:
-    """Whole sizes [clients] that add up to `n`, each within one of `proportions · n`; ties go to the first.
-
-    >>> largest_remainder(np.array([0.5, 0.3, 0.2]), 4).tolist()
-    [2, 1, 1]
-    """
-    ideal = proportions / proportions.sum() * n
-    sizes: NDArray[np.int64] = np.floor(ideal).astype(np.int64)
-    order = np.argsort(sizes - ideal, kind="stable")
-    sizes[order[: n - int(sizes.sum())]] += 1
-    return sizes
+def _dirichlet(deck: Deck, rule: PartitionRule) -> Shares:
+    return dirichlet_quantity(len(deck.labels), deck.clients, rule.beta, deck.seed, rule.min_size)
 
 
-def _deal(order: NDArray[np.int64], sizes: NDArray[np.int64]) -> Shares:
-    hands = np.split(order, np.cumsum(sizes)[:-1])
-    return tuple(tuple(sorted(hand.tolist())) for hand in hands)
+def _iid(deck: Deck, rule: PartitionRule) -> Shares:
+    return iid(len(deck.labels), deck.clients, deck.seed, rule.min_size)
 
 
-def _check_enough(n: int, clients: int, min_size: int) -> None:
-    if n < clients * min_size:
-        raise BadInput(
-            f"partition: {clients} clients with at least {min_size} rows each need {clients * min_size} training rows, "
-            f"got {n}; lower partition.min_size or take fewer federation.clients"
-        )
+def _dirichlet_label(deck: Deck, rule: PartitionRule) -> Shares:
+    labels = np.zeros_like(deck.labels) if rule.label == "task" else deck.labels
+    return dirichlet_label(labels, deck.clients, rule.beta, deck.seed, rule.min_size)
 
 
-def _dirichlet(labels: Sequence[str], clients: int, rule: PartitionRule, seed: int) -> Shares:
-    return dirichlet_quantity(len(labels), clients, rule.beta, seed, rule.min_size)
+def _by_task(deck: Deck, rule: PartitionRule) -> Shares:
+    """Client k belongs to task k mod tasks, and holds nothing of the others."""
+    if deck.tasks > deck.clients:
+        raise BadInput(f"partition: by-task needs a client for each of {deck.tasks} tasks, got {deck.clients} clients")
+    own = list(range(deck.task, deck.clients, deck.tasks))
+    hands = iter(iid(len(deck.labels), len(own), deck.seed, rule.min_size))
+    return tuple(next(hands) if client in own else np.zeros(0, np.int64) for client in range(deck.clients))
 
 
-def _iid(labels: Sequence[str], clients: int, rule: PartitionRule, seed: int) -> Shares:
-    return iid(len(labels), clients, seed, rule.min_size)
+def _by_source(deck: Deck, rule: PartitionRule) -> Shares:
+    order = generator(deck.seed, "by-source", deck.clients).permutation(deck.clients)
+    return check_sizes(by_source(deck.labels, order), rule.min_size)
 
 
-PARTITIONS: Mapping[str, Callable[[Sequence[str], int, PartitionRule, int], Shares]] = {
+def _file(deck: Deck, rule: PartitionRule) -> Shares:
+    shares = load_saved(deck.folder / rule.file, deck.name, deck.digest, len(deck.labels), deck.clients)
+    return check_sizes(shares, rule.min_size)
+
+
+PARTITIONS: Mapping[str, Callable[[Deck, PartitionRule], Shares]] = {
     "dirichlet": _dirichlet,
+    "dirichlet-label": _dirichlet_label,
     "iid": _iid,
+    "by-task": _by_task,
+    "by-source": _by_source,
+    "file": _file,
 }

@@ -3,7 +3,7 @@
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from fedstrata.core.errors import BadInput, unknown
 from fedstrata.scenarios.jsonfile import brief
@@ -24,7 +24,7 @@ def fill(block: type[Block], tree: object, where: str) -> Block:
         if key not in hints:
             raise unknown(f"{where}.{key}", key, hints)
         expect(_fits(value, hints[key]), f"{where}.{key}", _word(hints[key]), value)
-    needed = [entry.name for entry in fields(block) if entry.default is MISSING]  # type: ignore[arg-type]
+    needed = [entry.name for entry in fields(block) if entry.default is MISSING and entry.default_factory is MISSING]  # type: ignore[arg-type]
     for key in needed:
         if key not in values:
             raise BadInput(f"{where}: must have the key {key}, got {', '.join(values) or 'no key'}")
@@ -59,6 +59,10 @@ def expect(holds: bool, where: str, rule: str, came: object) -> None:
 def _fits(value: object, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_fits(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(entry, get_args(hint)[0]) for entry in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(part, str) for pair in value.items() for part in pair)
     if isinstance(value, bool):
         return hint is bool
     if isinstance(value, str) and any("\ud800" <= mark <= "\udfff" for mark in value):
@@ -69,4 +73,8 @@ def _fits(value: object, hint: Any) -> bool:
 def _word(hint: Any) -> str:
     if isinstance(hint, types.UnionType):
         return " or ".join(_word(choice) for choice in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list, each {_word(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "a mapping of texts to texts"
     return "null" if hint is type(None) else WORDS[hint]

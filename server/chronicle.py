@@ -78,6 +78,7 @@ class Chronicle:
             stage=stage,
             scores=matrix.final,
             vocabulary=dict(zip(matrix.tasks, matrix.vocabulary[-1], strict=True)),
+            beside=progress.beside,
             routing=routing,
             cosines={"within": self._near, "between": between(self.strategy.knowledge().tokens)},
             bytes_eval=progress.bytes_eval,

@@ -1,4 +1,4 @@
-"""The command line: `fedstrata run | resume | compare | report | list | export | ask`.
+"""The command line: `fedstrata run | preview | resume | compare | report | list | export | ask`.
 
 Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback), 75 interrupted and resumable.
 """
@@ -39,6 +39,30 @@ def run(
         plan.show(config, console)
         return
     _show(launch.run(config, console), json_)
+
+
+@cli.command()
+def preview(
+    words: Words = None,
+    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write the client × stage heat map as a picture.")] = None,
+    partition: Annotated[
+        Path | None, typer.Option(help="Also save who holds which row, for partition kind file.")
+    ] = None,
+    json_: Json = None,
+) -> None:
+    """Show a scenario before any model is loaded: who holds what when, labels, lengths, faults, steps and bytes."""
+    from fedstrata.server import configure, previewpage
+    from fedstrata.server.preview import preview as look
+
+    told, scenario = look(configure.resolve(*_split(words or [])))
+    previewpage.show(told, console)
+    for path, write in ((html, previewpage.save_html), (png, previewpage.save_png)):
+        if path:
+            write(told, path)
+    if partition:
+        scenario.save_partition(partition)
+    _write(json_, told.json())
 
 
 @cli.command()

@@ -27,7 +27,7 @@ from fedstrata.server.chronicle import Chronicle, Done
 from fedstrata.server.exchange import Ledger, Seat, exchange, questions
 from fedstrata.server.gate import Expected, read_token, read_train
 from fedstrata.server.grids import ParticipantsGrid
-from fedstrata.server.participation import draw, share_size, visits
+from fedstrata.server.participation import draw, earlier, share_size
 from fedstrata.server.progress import Progress
 from fedstrata.server.scoring import score_row
 from fedstrata.strategies.base import Participant, Strategy
@@ -96,19 +96,20 @@ class Federation:
 
     def _sample(self, stage: int, round_: int) -> list[Seat]:
         """This round's participants, drawn from (seed, stage, round); a client without data has no seat."""
-        drawn = draw(self.config, len(self.roster), stage, round_)
+        drawn = draw(self.config, self.scenario.present(stage, round_), stage, round_)
         seats = [self._seat(stage, round_, position, client) for position, client in enumerate(drawn)]
         return [seat for seat in seats if seat.samples > 0]
 
     def _seat(self, stage: int, round_: int, position: int, client: int) -> Seat:
-        tasks, part, parts = self.scenario.tasks_of(stage - 1, position), 0, 1
+        tasks, part, parts = self.scenario.tasks_of(stage, round_, position, client), 0, 1
         if self.strategy.pooled:
             tasks, parts = tuple(range(len(self.scenario.tasks))), len(self.scenario.stages)
-            part = visits(self.config, len(self.roster), stage, round_)[client]
+            part = earlier(self.config, self.scenario, stage, round_)[client]
         binding = Binding(self.run_id, stage, round_, client)
         layout = self.strategy.setup.layout.hash
         assignment = Assignment(binding, tasks, part, parts, self.config_json, layout)
-        samples = share_size(self.scenario.share_size(tasks, client), part, parts)
+        when = (stage, round_) if parts == 1 else ()
+        samples = share_size(self.scenario.share_size(tasks, client, *when), part, parts)
         return Seat(self.roster[client], assignment, samples)
 
     def _identify(self, seats: Sequence[Seat], ledger: Ledger) -> list[Participant]:
@@ -147,7 +148,8 @@ class Federation:
         return exchange(self.grid, seats, messages, size, read, ledger, timeout) if messages else []
 
     def _data(self, seat: Seat) -> tuple[int, str]:
-        return seat.partition, self.scenario.data_key(seat.assignment.tasks, seat.partition)
+        at = seat.assignment.binding
+        return seat.partition, self.scenario.data_key(seat.assignment.tasks, seat.partition, at.stage, at.round)
 
     def _number(self, stage: int, round_: int) -> int:
         """Flower's server_round: rounds counted through the whole run."""
@@ -178,8 +180,9 @@ class Federation:
 
     def _counts(self, seat: Seat) -> dict[int, int]:
         """{task: instructions} of a seat's share; a draw from pooled data is counted by the pool's proportions."""
-        tasks, parts = seat.assignment.tasks, seat.assignment.parts
-        return {task: self.scenario.share_size([task], seat.partition) // parts for task in tasks}
+        at, parts = seat.assignment.binding, seat.assignment.parts
+        when = (at.stage, at.round) if parts == 1 else ()
+        return {t: self.scenario.share_size([t], at.partition, *when) // parts for t in seat.assignment.tasks}
 
     def _score(self, stage: int) -> None:
         """Appends the row of `stage` (0: before training) to the accuracy matrix and commits."""

@@ -14,6 +14,7 @@ from fedstrata.core.metrics import AccuracyMatrix
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 FADED = "#8a8f98"
+COLOURED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 MARKERS = "osD^vP*X<>"
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, selectable, in the page's font
@@ -21,7 +22,7 @@ STYLE: dict[str, Any] = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(COLOURED, INK),
 }
 
 
@@ -39,7 +40,7 @@ def heat_map(matrix: AccuracyMatrix) -> str:
         axes.set_yticks([t + 0.5 for t in range(rows)], stage_labels(matrix))
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
         axes.spines[:].set_visible(False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _cell(axes: Any, column: int, row: int, score: float, seen: bool) -> None:
@@ -61,7 +62,7 @@ def curves(matrix: AccuracyMatrix) -> str:
         axes.set_xticks(range(len(matrix.scores)))
         axes.grid(axis="y", color=FADED, alpha=0.3, linewidth=0.6)
         axes.legend(lines, matrix.tasks, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _curve(axes: Any, matrix: AccuracyMatrix, i: int) -> Any:
@@ -85,7 +86,7 @@ def cosines(stages: Sequence[int], within: Sequence[Sequence[float]], between: S
         axes.set_xticks(list(stages))
         axes.grid(axis="y", color=FADED, alpha=0.3, linewidth=0.6)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def stage_labels(matrix: AccuracyMatrix) -> list[str]:
@@ -95,7 +96,7 @@ def stage_labels(matrix: AccuracyMatrix) -> list[str]:
     return ["before", *short][: len(matrix.scores)]
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as one <svg> element without date, addresses or ids that could clash with another figure's."""
     out = io.StringIO()
     none = dict.fromkeys(("Date", "Creator", "Format", "Type"))

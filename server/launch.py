@@ -46,7 +46,10 @@ def prepare(config: RunConfig, grid: Grid | None = None) -> "Prepared":
     Raises:
         BadInput: a mistake in the config, the scenario's data or the base model.
     """
-    scenario = scenarios.build(config.scenario, config.federation.clients, config.seed)
+    scenario = scenarios.of(config)
+    for task in scenario.tasks:
+        if not len(getattr(task, config.evaluate.split)):
+            raise BadInput(f"evaluate.split: task {task.name} has no {config.evaluate.split} examples to score")
     return Prepared(config, scenario, grid or open_grid(config), owned=grid is None)
 
 
@@ -69,7 +72,7 @@ class Prepared:
 
     def strategy(self) -> Strategy:
         """A fresh strategy."""
-        told = setup(self.config, self.description, len(self.scenario.tasks))
+        told = setup(self.config, self.description, self.scenario.units)
         return find(self.config.strategy.name)(self.config.strategy, told)
 
     def close(self) -> None:
@@ -85,7 +88,8 @@ def on_the_wire(config: RunConfig) -> dict[str, Any]:
 
 def setup(config: RunConfig, says: Description, tasks: int) -> Setup:
     """What a strategy is told before the first stage."""
-    return Setup(config.seed, Layout.from_json(says.layout), config.lora.rank, tasks, says.tau, says.epsilon)
+    layout, lora = Layout.from_json(says.layout), config.lora
+    return Setup(config.seed, layout, lora.rank, tasks, says.tau, says.epsilon, lora.init)
 
 
 def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
@@ -239,7 +243,8 @@ def cohort_size(config: RunConfig, layout: Layout) -> int:
     f, t = config.federation, config.train
     if f.cohort_size != "auto":
         return int(f.cohort_size)
-    activations = t.batch_size * t.max_length * layout.width * 8
+    rows = min(t.micro_batch or t.batch_size, t.batch_size)
+    activations = rows * t.max_length * layout.width * 8
     client = activations + layout.size(config.lora.rank) * 16
     fits = int(f.memory_budget * 1e9 // client)
     return max(1, min(math.ceil(f.clients_per_round / 2), MAX_AUTO_COHORT, fits))

@@ -1,23 +1,60 @@
-"""Who takes part in a round and with which draw from its data: pure functions of (config, stage, round)."""
+"""Who takes part in a round and with which draw from its data: pure functions of (config, scenario, stage, round)."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from fedstrata.core.config import RunConfig
 from fedstrata.core.seeds import generator
+from fedstrata.scenarios.stream import Scenario
 
 
-def draw(config: RunConfig, clients: int, stage: int, round_: int) -> list[int]:
-    """The round's participants in the order of their positions: a pure function of (seed, stage, round)."""
-    size = min(config.federation.clients_per_round, clients)
-    chosen = generator(config.seed, "participants", stage, round_).choice(clients, size, replace=False)
-    return [int(client) for client in chosen]
+@dataclass(frozen=True)
+class Visit:
+    """One client's part in one round: what it trains when it is the participant at this position."""
+
+    stage: int
+    round: int
+    position: int
+    client: int
+    tasks: tuple[int, ...]
 
 
-def visits(config: RunConfig, clients: int, stage: int, round_: int) -> Counter[int]:
+def draw(config: RunConfig, present: Sequence[int], stage: int, round_: int) -> list[int]:
+    """The round's participants in the order of their positions, among the clients that are present."""
+    size = min(config.federation.clients_per_round, len(present))
+    if config.federation.sampling == "fcit":
+        return _published(present, size, (stage - 1) * 10 + round_ - 1)
+    chosen = generator(config.seed, "participants", stage, round_).choice(len(present), size, replace=False)
+    return [present[int(index)] for index in chosen]
+
+
+def _published(present: Sequence[int], size: int, seed: int) -> list[int]:
+    """FCIT's sampling (arXiv 2503.12897, published code): numpy's legacy generator, then the order of a Python set.
+
+    It depends on stage and round alone, not on the run's seed; CPython orders a set of small numbers by hash and size.
+    """
+    chosen = np.random.RandomState(seed).choice(len(present), size, replace=False)
+    return [present[index] for index in set(chosen.tolist())]
+
+
+def visits(config: RunConfig, scenario: Scenario, stage: int) -> Iterator[Visit]:
+    """Every client-round of a stage in which the client has data."""
+    for round_ in range(1, config.federation.rounds_per_stage + 1):
+        for position, client in enumerate(draw(config, scenario.present(stage, round_), stage, round_)):
+            tasks = scenario.tasks_of(stage, round_, position, client)
+            if scenario.share_size(tasks, client, stage, round_):
+                yield Visit(stage, round_, position, client, tasks)
+
+
+def earlier(config: RunConfig, scenario: Scenario, stage: int, round_: int) -> Counter[int]:
     """How often each client took part before this round."""
     rounds = config.federation.rounds_per_stage
     before = [divmod(number, rounds) for number in range((stage - 1) * rounds + round_ - 1)]
-    return Counter(client for s, r in before for client in draw(config, clients, s + 1, r + 1))
+    drawn = (draw(config, scenario.present(s + 1, r + 1), s + 1, r + 1) for s, r in before)
+    return Counter(client for clients in drawn for client in clients)
 
 
 def share_size(pool: int, part: int, parts: int) -> int:

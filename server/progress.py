@@ -26,6 +26,7 @@ class Progress:
     wall_seconds: float = 0.0
     trained: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     routing: Mapping[int, float] = field(default_factory=dict)  # task → percentage routed to its own subspace
+    beside: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # task → further metrics of the last row
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(replace(self, matrix=None)), "matrix": self.matrix.to_json()}  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def write_report(run_dir: Path) -> Path:
         BadInput: not a run folder, or one of its files is broken.
     """
     folder = RunFolder(run_dir)
-    page = _environment().get_template("report.html.j2").render(**_context(folder))
+    page = environment().get_template("report.html.j2").render(**_context(folder))
     half = folder.path / f".{REPORT}.part"
     half.write_text(page, encoding="utf-8")
     half.replace(folder.path / REPORT)
@@ -36,8 +36,16 @@ def write_report(run_dir: Path) -> Path:
 
 
 def matrix_table(matrix: AccuracyMatrix) -> Table:
-    """Task × stage: one row a task, one column a scored stage (0: before training); not yet trained cells are dim."""
-    table = Table(box=box.SIMPLE_HEAD, caption="stage 0: before training; dim: task not yet trained")
+    """Task × stage: one row a task, one column a scored stage (0: before training); not yet trained cells are dim.
+
+    Metrics other than exact_match are named below it.
+    """
+    scored: dict[str, list[str]] = {}
+    for task, metric in zip(matrix.tasks, matrix.metrics, strict=True):
+        scored.setdefault(metric, []).append(task)
+    named = [f"{metric}: {', '.join(tasks)}" for metric, tasks in scored.items() if metric != "exact_match"]
+    lines = ["stage 0: before training; dim: task not yet trained", *named]
+    table = Table(box=box.SIMPLE_HEAD, caption="\n".join(lines))
     table.add_column("task")
     for t in range(len(matrix.scores)):
         table.add_column(str(t), justify="right")
@@ -93,7 +101,8 @@ def human_seconds(seconds: float | None) -> str:
     return f"{whole // 60} min {whole % 60:02} s" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates beside this file; everything they show is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -120,6 +129,7 @@ def _context(folder: RunFolder) -> dict[str, Any]:
         "summary": summary,
         "headline": _headline(summary, matrix),
         "matrix": matrix,
+        "beside": _beside(events),
         "subspaces": subspaces,
         "routing": _routing(events, provenance.homes(subspaces)),
         "cosines": _cosines(events),
@@ -162,6 +172,12 @@ def _headline(summary: Mapping[str, Any], matrix: AccuracyMatrix | None) -> list
     sizes = [(f"bytes {name}", human_bytes(summary.get(f"bytes_{name}"))) for name in ("up", "down", "eval")]
     times = [(f"{name} time", human_seconds(summary.get(f"{name}_seconds"))) for name in ("train", "wall")]
     return [*scores, *rates, *sizes, *times]
+
+
+def _beside(events: Sequence[provenance.Event]) -> Mapping[str, Mapping[str, float]]:
+    """Task → {metric: score} of the metrics beside the task's own, after the last scored stage."""
+    told = provenance.scorings(events)
+    return (told[-1].get("beside") or {}) if told else {}
 
 
 def _routing(events: Sequence[provenance.Event], homes: Mapping[str, int]) -> list[dict[str, Any]]:

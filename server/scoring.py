@@ -13,6 +13,7 @@ from flwr.app import Message
 from fedstrata.core import records
 from fedstrata.core.errors import FedstrataError
 from fedstrata.core.records import Assignment, Binding, ScoreReply, Shard
+from fedstrata.core.scoring import percentages
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server import checkpoint
 from fedstrata.server.progress import Progress
@@ -23,20 +24,35 @@ if TYPE_CHECKING:
 
 @dataclass
 class TaskScore:
-    """Sums over a task's shards."""
+    """Sums over a task's shards; `stats` holds each metric's statistics, the task's own metric first."""
 
-    correct: float = 0.0
+    stats: dict[str, tuple[float, ...]] = field(default_factory=dict)
     count: int = 0
-    in_vocabulary: int = 0
+    in_vocabulary: int | None = 0
     hits: list[int] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, reply: ScoreReply) -> None:
-        self.correct += reply.correct
+        self.stats = {name: _added(self.stats.get(name), total) for name, total in reply.stats.items()}
         self.count += reply.count
-        self.in_vocabulary += reply.in_vocabulary
+        known, more = self.in_vocabulary, reply.in_vocabulary
+        self.in_vocabulary = None if known is None or more is None else known + more
         self.hits = [a + b for a, b in zip(self.hits, reply.hits, strict=True)] if self.hits else list(reply.hits)
         self.predictions += reply.predictions
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Metric → score, 0–100; the task's own metric first."""
+        return percentages(self.stats, self.count)
+
+    @property
+    def vocabulary(self) -> float | None:
+        """Percentage of answers from the task's vocabulary; None where it is open-ended."""
+        return None if self.in_vocabulary is None else 100 * self.in_vocabulary / self.count
+
+
+def _added(before: tuple[float, ...] | None, more: tuple[float, ...]) -> tuple[float, ...]:
+    return more if before is None else tuple(a + b for a, b in zip(before, more, strict=True))
 
 
 def score_row(federation: "Federation", stage: int) -> tuple[Progress, dict[str, list[int]]]:
@@ -46,17 +62,21 @@ def score_row(federation: "Federation", stage: int) -> tuple[Progress, dict[str,
     replies = list(federation.grid.send_and_receive(sent, timeout=federation.config.federation.timeout))
     scores = _sum(sent, shards, replies, len(federation.scenario.tasks))
     _keep(federation, stage, scores)
-    names = [task.name for task in federation.scenario.tasks]
+    tasks = federation.scenario.tasks
+    named = {task.name: score for task, score in zip(tasks, scores, strict=True)}
+    measured = {name: score.scores for name, score in named.items()}
     progress = federation.progress
     matrix = progress.matrix.add_row(
-        {name: 100 * score.correct / score.count for name, score in zip(names, scores, strict=True)},
+        {task.name: measured[task.name][task.metric] for task in tasks},
         trained(federation, stage),
-        {name: score.count for name, score in zip(names, scores, strict=True)},
-        {name: 100 * score.in_vocabulary / score.count for name, score in zip(names, scores, strict=True)},
+        {name: score.count for name, score in named.items()},
+        {name: score.vocabulary for name, score in named.items()},
     )
     cost = progress.bytes_eval + records.tensor_bytes(sent) + records.tensor_bytes(replies)
-    progress = replace(progress, matrix=matrix, bytes_eval=cost, routing=_routing(progress, scores))
-    return progress, {name: score.hits for name, score in zip(names, scores, strict=True)}
+    beside = {task.name: {name: measured[task.name][name] for name in task.beside} for task in tasks if task.beside}
+    routing = _routing(progress, scores)
+    progress = replace(progress, matrix=matrix, bytes_eval=cost, routing=routing, beside=beside)
+    return progress, {name: score.hits for name, score in named.items()}
 
 
 def cut(scenario: Scenario, split: str, size: int) -> list[Shard]:

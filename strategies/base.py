@@ -37,6 +37,7 @@ class Setup:
     subspaces: int  # K, the number of tasks: single-adapter methods get rank K·r, as FCIT's 64 = 8 × 8
     tau: float  # the text encoder's match threshold (a cosine)
     epsilon: float  # the text encoder's softmax temperature
+    init: str = "uniform"  # how a new adapter's A is drawn (`core.adapters.fresh`)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,11 @@ class LocalHalf:
         """Before the first step."""
 
     def loss(self, ctx: Any, batch: Any, out: Any, base_loss: "Tensor") -> "Tensor":
-        """The loss [C] to be minimised; the base loss is each client's mean answer-token cross-entropy."""
+        """The loss [C] to be minimised; the base loss is each client's mean answer-token cross-entropy.
+
+        With `train.micro_batch` it is asked once per part of a step, and the parts add up: a penalty is added times
+        `batch.part`.
+        """
         return base_loss
 
     def on_gradients(self, ctx: Any, gradients: Mapping[str, "Tensor"]) -> None:

@@ -8,7 +8,7 @@ subspace alone and uploads only it. At inference every input activates the subsp
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,6 +36,7 @@ class DiscoConfig(StrategyConfig):
     min_open: int = 3  # instructions a group must hold to open a subspace; a smaller group sits the round out
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.tau is None or -1 <= self.tau <= 1, "strategy.tau", "a cosine between -1 and 1", self.tau)
         require(self.epsilon is None or self.epsilon > 0, "strategy.epsilon", "above 0", self.epsilon)
         require(self.activation in ACTIVATIONS, "strategy.activation", " | ".join(ACTIVATIONS), self.activation)
@@ -52,9 +53,10 @@ class Subspace:
 
 @dataclass(frozen=True)
 class DiscoState:
-    """The cache. It grows without limit; only filled subspaces are in it."""
+    """The cache. It grows without limit; only filled subspaces are in it, each without the layout's tail."""
 
     subspaces: tuple[Subspace, ...] = ()
+    shared: Flat = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)  # the layout's tail, for all
 
     def tokens(self) -> npt.NDArray[np.float32]:
         """[K, D]; [0, 0] while the cache is empty."""
@@ -69,6 +71,7 @@ class Update:
     subspace: int
     adapter: Flat
     token: Token
+    shared: Flat = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
 
 class Disco(Strategy):
@@ -79,7 +82,7 @@ class Disco(Strategy):
 
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
-        self.state = DiscoState()
+        self.state = DiscoState(shared=np.zeros(setup.layout.tail, dtype=np.float32))
         self.tau = setup.tau if options.tau is None else options.tau
         self.epsilon = setup.epsilon if options.epsilon is None else options.epsilon
         self._placement: Mapping[int, int] = {}
@@ -100,14 +103,15 @@ class Disco(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        flats = {j: self._start(j) for j in sorted(set(self._placement.values()))}
+        flats = {j: np.concatenate([self._start(j), self.state.shared]) for j in sorted(set(self._placement.values()))}
         return train_messages(self.participants, flats, self._placement, config)
 
     def _start(self, subspace: int) -> Flat:
         """A new subspace's A is drawn once, from (seed, subspace), so that its whole group shares it."""
         if subspace < len(self.state.subspaces):
             return self.state.subspaces[subspace].adapter
-        return fresh(self.setup.layout, self.setup.rank, self.setup.seed, subspace)
+        setup = self.setup
+        return fresh(setup.layout.lora, setup.rank, setup.seed, subspace, init=setup.init)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -118,7 +122,8 @@ class Disco(Strategy):
             reply = records.read_train_reply(message)
             partition = reply.binding.partition
             token = tokens.get(partition) or Token(np.zeros(0, dtype=np.float32), reply.count)
-            updates.append(Update(self._placement[partition], reply.flat, token))
+            adapter, shared = self.setup.layout.cut(reply.flat)
+            updates.append(Update(self._placement[partition], adapter, token, shared))
         known = len(self.state.subspaces)
         self.state = organise(self.state, updates)
         filled = sorted({update.subspace for update in updates if update.subspace >= known})
@@ -129,7 +134,7 @@ class Disco(Strategy):
     def knowledge(self) -> Knowledge:
         adapters = tuple(subspace.adapter for subspace in self.state.subspaces)
         options = {"epsilon": self.epsilon, "activation": self.options.activation, "tau": self.tau}
-        return Knowledge(adapters, self.state.tokens(), options)
+        return Knowledge(adapters, self.state.tokens(), options, self.state.shared)
 
     @classmethod
     def router(cls, knowledge: Knowledge) -> Router:
@@ -141,6 +146,8 @@ class Disco(Strategy):
         for index, subspace in enumerate(self.state.subspaces):
             tensors[f"subspace.{index}.adapter"] = subspace.adapter
             tensors[f"subspace.{index}.token"] = subspace.token.value
+        if self.state.shared.size:
+            tensors["shared"] = self.state.shared
         counts = [subspace.token.count for subspace in self.state.subspaces]
         return Parts(tensors, {"counts": counts, "tau": self.tau, "epsilon": self.epsilon})
 
@@ -150,7 +157,7 @@ class Disco(Strategy):
         for index, count in enumerate(parts.facts["counts"]):
             adapter, token = (parts.tensors[f"subspace.{index}.{kind}"] for kind in ("adapter", "token"))
             subspaces.append(Subspace(adapter, Token(token, count)))
-        self.state = DiscoState(tuple(subspaces))
+        self.state = DiscoState(tuple(subspaces), parts.tensors.get("shared", self.state.shared))
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,7 @@ def place(tokens: Sequence[Token], cache: npt.NDArray[np.float32], tau: float, m
 def organise(state: DiscoState, updates: Sequence[Update]) -> DiscoState:
     """Per subspace the mean of its updates weighted by n_k; μ_j ← (N_j μ_j + Σ n_k μ_k) / (N_j + Σ n_k).
 
+    The tail is the mean over all updates, whatever their subspace: FCIT's published projector is FedAvg's alone.
     Subspaces without an update keep their bits; new ones are appended in the order of their indices, and one that
     nobody filled leaves no gap.
     """
@@ -226,7 +234,13 @@ def organise(state: DiscoState, updates: Sequence[Update]) -> DiscoState:
             subspaces[index] = replace(old, adapter=adapter, token=pooled([old.token, *tokens]))
         else:
             subspaces.append(Subspace(adapter, pooled(tokens)))
-    return DiscoState(tuple(subspaces))
+    return DiscoState(tuple(subspaces), _shared(state.shared, updates))
+
+
+def _shared(old: Flat, updates: Sequence[Update]) -> Flat:
+    if not updates or not old.size:
+        return old
+    return weighted_mean([update.shared for update in updates], [update.token.count for update in updates])
 
 
 def activate(

@@ -27,13 +27,14 @@ class FinetuneConfig(StrategyConfig):
     subspaces: int | None = None  # the adapter's rank is subspaces · lora.rank; null: one per task of the scenario
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         good = self.subspaces is None or self.subspaces >= 1
         require(good, "strategy.subspaces", "at least 1", self.subspaces)
 
 
 @dataclass(frozen=True)
 class FinetuneState:
-    """The one global adapter."""
+    """The one global adapter, with the layout's tail where it has one."""
 
     adapter: Flat
 
@@ -45,7 +46,7 @@ class Finetune(Strategy):
 
     def __init__(self, options: FinetuneConfig, setup: Setup) -> None:
         super().__init__(options, setup)
-        self.state = FinetuneState(fresh(setup.layout, self.adapter_rank, setup.seed, 0))
+        self.state = FinetuneState(fresh(setup.layout, self.adapter_rank, setup.seed, 0, init=setup.init))
 
     @property
     def adapter_rank(self) -> int:
@@ -67,7 +68,8 @@ class Finetune(Strategy):
         return records.arrays(flat=mean), None
 
     def knowledge(self) -> Knowledge:
-        return Knowledge((self.state.adapter,))
+        adapter, shared = self.setup.layout.cut(self.state.adapter)
+        return Knowledge((adapter,), shared=shared)
 
     def save(self) -> Parts:
         return Parts({"adapter": self.state.adapter})

@@ -1,8 +1,9 @@
 """What every test needs: no telemetry, one torch thread, and real data where there is any."""
 
+import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,21 @@ def real_data() -> Path:
     if not os.environ.get("FEDSTRATA_REAL_DATA") or not (folder / "multimodal").is_dir():
         pytest.skip("FEDSTRATA_REAL_DATA names no folder with real data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_fcit() -> Callable[..., Path]:
+    """`benchmarks/fcit_tree.py`'s writer: a miniature of FCIT's data in the published layout."""
+    path = Path(__file__).parents[1] / "benchmarks" / "fcit_tree.py"
+    spec = importlib.util.spec_from_file_location("fcit_tree", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.write_tree  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def fcit_root(write_fcit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All twelve datasets, both groupings, three betas; read only."""
+    return write_fcit(tmp_path_factory.mktemp("fcit"))

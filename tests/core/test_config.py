@@ -76,7 +76,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(word: str, key: str, ne
 def test_an_unknown_key_that_is_near_to_none_lists_all() -> None:
     message = refusal("lora.zzzzzz=1")
     assert "did you mean" not in message
-    assert "known: alpha, rank, targets" in message
+    assert "known: alpha, dropout, init, rank, targets" in message
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,14 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_key(word: str, key: str) ->
         ("train.lr=.inf", "train.lr: must be a finite number above 0, got inf"),
         ("train.local_epochs=0", "train.local_epochs: must be at least 1, got 0"),
         ("train.warmup_steps=-1", "train.warmup_steps: must be at least 0, got -1"),
+        ("train.warmup_ratio=1", "train.warmup_ratio: must be at least 0 and below 1, got 1.0"),
+        ("train.micro_batch=-1", "train.micro_batch: must be at least 0, got -1"),
+        ("train.schedule=linear", "train.schedule: must be constant or cosine, got 'linear'"),
+        ("train.overlong=drop", "train.overlong: must be refuse or cut, got 'drop'"),
+        ("model.image_fit=crop", "model.image_fit: must be processor or pad, got 'crop'"),
+        ("lora.dropout=1", "lora.dropout: must be at least 0 and below 1, got 1.0"),
+        ("lora.init=zero", "lora.init: must be uniform or normal, got 'zero'"),
+        ("strategy.projector=local", "strategy.projector: must be frozen or shared, got 'local'"),
         ("federation.clients=0", "federation.clients: must be at least 1, got 0"),
         ("federation.clients=4", "federation.clients_per_round: must be between 1 and federation.clients (4), got 5"),
         ("federation.min_replies=6", "federation.min_replies: must be between 1 and federation.clients_per_round (5)"),

@@ -101,14 +101,17 @@ def test_knowledge_of_nothing_survives() -> None:
 
 def test_a_score_reply_survives() -> None:
     rows = ({"id": "a", "answer": "blau – „ä“"}, {"id": "b", "answer": ""})
-    score = ScoreReply(1.5, 2, 1, (2, 0), rows)
+    score = ScoreReply({"rouge_l": (1 / 3,), "bleu4": (1.0, 2.0**52, 1e-300)}, 2, 1, (2, 0), rows)
     message = wired(records.score_reply(score, AT, request(kind=records.EVALUATE)))
-    assert records.read_scores(message) == score
+    found = records.read_scores(message)
+    assert found == score  # to the last bit
+    assert list(found.stats) == ["rouge_l", "bleu4"]
     assert records.binding(message) == AT
 
 
-def test_scores_without_subspaces_survive() -> None:
-    score = ScoreReply(0.0, 2, 0, (), ())
+@pytest.mark.parametrize("known", [0, None])
+def test_scores_without_subspaces_or_vocabulary_survive(known: int | None) -> None:
+    score = ScoreReply({"exact_match": (0.0,)}, 2, known, (), ())
     assert records.read_scores(wired(records.score_reply(score, AT, request(kind=records.EVALUATE)))) == score
 
 

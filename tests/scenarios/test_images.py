@@ -68,7 +68,7 @@ def test_a_picture_opens_as_rgb_even_after_pickling(store: FolderImages | ZipIma
         assert source.key().endswith(name)
 
 
-@pytest.mark.parametrize("name", ["./a/1.png", "a//1.png", "a/./1.png"])
+@pytest.mark.parametrize("name", ["./a/1.png", "a//1.png", "a/./1.png", "a\\1.png", ".\\a\\1.png"])
 def test_spellings_of_one_name_are_one_picture(store: FolderImages | ZipImages, name: str) -> None:
     assert store.source(name) == store.source("a/1.png")
     assert store.has(store.source(name))
@@ -80,7 +80,9 @@ def test_spellings_of_one_name_are_one_picture(store: FolderImages | ZipImages, 
         "../x.png",
         "a/../../x.png",
         "/etc/passwd",
-        "a\\1.png",
+        "\\\\server\\1.png",
+        "a\\..\\..\\x.png",
+        "C:\\x.png",
         "..",
         ".",
         "",
@@ -167,6 +169,14 @@ def test_the_store_itself_must_be_there_and_whole(tmp_path: Path) -> None:
             open_images(tmp_path / name)
     (tmp_path / "folder.zip").mkdir()
     assert isinstance(open_images(tmp_path / "folder.zip"), FolderImages)
+
+
+def test_a_zip_from_windows_has_backslashes_in_its_names(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a\\1.png", png())
+    store = ZipImages(tmp_path / "images.zip")
+    assert store.has(store.source("a/1.png"))
+    assert store.source("a\\1.png").open().size == (4, 3)
 
 
 def test_a_damaged_or_replaced_zip_is_noticed(tmp_path: Path) -> None:

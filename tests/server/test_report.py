@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def test_the_report_is_self_contained_and_the_same_every_time(write_run: WriteRu
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert [path.name for path in run.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def test_every_task_names_its_metric_and_further_ones_have_a_table(write_run: WriteRun) -> None:
+    run = write_run()
+    assert "Other metrics" not in Words(page_of(run)).text
+    events = RunFolder(run).events()
+    events[-2]["beside"] = {"charts": {"cider": 81.25, "<b>": 3.0}}  # the last stage's scores
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    text = Words(page_of(run)).text
+    assert "names exact_match 50 80.0 96.0" in text
+    assert "Other metrics task metric last charts cider 81.2 charts <b> 3.0" in text
 
 
 def test_markup_in_names_and_config_is_shown_and_not_run(write_run: WriteRun) -> None:
@@ -149,6 +161,14 @@ def test_the_terminal_table_has_a_row_per_task_and_a_column_per_stage(write_run:
     assert rows[0] == ["task", "0", "1", "2"]
     assert ["[red]names", "0.0", "90.0", "80.0"] in rows
     assert ["charts", "10.0", "20.0", "70.0"] in rows
+
+
+def test_the_terminal_table_names_metrics_other_than_exact_match(write_run: WriteRun) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(matrix_table(replace(RunFolder(write_run()).matrix, metrics=("exact_match", "iou"))))
+    rows = [line.split() for line in console.file.getvalue().splitlines() if line.strip()]  # type: ignore[attr-defined]
+    assert rows[0] == ["task", "0", "1", "2"]
+    assert rows[-1] == ["iou:", "charts"]
 
 
 def test_summary_lines_are_plain_and_leave_out_what_is_undefined(write_run: WriteRun) -> None:

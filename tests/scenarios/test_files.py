@@ -1,7 +1,7 @@
-"""LLaVA conversation files: good ones give examples, bad ones one message with file, record and rule."""
+"""Instruction files: good ones give rows, bad ones one message with file, record and rule."""
 
 import json
-import logging
+import multiprocessing
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,28 @@ import pytest
 from PIL import Image
 
 from fedstrata.core.errors import BadInput
-from fedstrata.scenarios.instructions import load_examples, spread
+from fedstrata.scenarios.example import Example
+from fedstrata.scenarios.files import Found, Reading, load_file, refuse_missing
+from fedstrata.scenarios.images import open_images
+from fedstrata.scenarios.rows import Joined, Rows
+from fedstrata.scenarios.tasks import hold_out, spread
 
 
 def record(question: str = "<image>\nWhat?", answer: str = "red", **more: Any) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **more}
+
+
+def load(path: Path, images: Path | None = None, **reading: Any) -> Rows:
+    """The file's rows, as a run would load them."""
+    found = Found()
+    pictures = None if images is None else open_images(images)
+    rows = load_file(path, Reading(**{"format": "llava", "images": pictures, **reading}), found)
+    refuse_missing(found, str(path))
+    return rows
+
+
+def load_examples(path: Path, images: Path | None = None, **reading: Any) -> list[Example]:
+    return list(load(path, images, **reading))
 
 
 def write(folder: Path, content: Any, name: str = "train.json") -> Path:
@@ -76,28 +93,32 @@ def test_ids_are_unique_whatever_the_file_says(tmp_path: Path) -> None:
     assert ids == ["5", "a", "3", "7", "5-", "6", "7-", "8", "9"]
 
 
-def test_every_answered_question_of_a_record_becomes_an_example(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    turns = [("system", "Be brief."), ("human", "<image>A?"), ("gpt", "a"), ("user", "B?"), ("assistant", "b")]
-    turns.append(("human", "left open"))
-    talk = {"id": "r", "conversations": [{"from": who, "value": text} for who, text in turns]}
-    with caplog.at_level(logging.WARNING):
-        rows = load_examples(write(tmp_path, [talk]))
-    assert [(row.id, row.question, row.answer) for row in rows] == [("r#1", "A?", "a"), ("r#2", "B?", "b")]
-    assert "2 turns ignored" in caplog.text
+TURNS = [("system", "Be brief."), ("human", "<image>A?"), ("gpt", "a"), ("user", "B?"), ("assistant", "b")]
+TALK = {"id": "r", "conversations": [{"from": who, "value": text} for who, text in [*TURNS, ("human", "left open")]]}
+
+
+def test_a_conversation_is_one_training_example_with_all_its_answers(tmp_path: Path) -> None:
+    found = Found()
+    (row,) = load_file(write(tmp_path, [TALK]), Reading(suffix="One word."), found)
+    assert (row.id, row.question, row.answer) == ("r", "A?\nOne word.", "a")
+    assert row.more == (("B?\nOne word.", "b"),)
+    assert "2 turns ignored" in found.notes[0]
+
+
+def test_every_answered_question_of_a_conversation_is_scored(tmp_path: Path) -> None:
+    rows = load_examples(write(tmp_path, [TALK, record(id="s")]), whole=False)
+    assert [(row.id, row.question, row.answer) for row in rows] == [
+        ("r#1", "A?", "a"),
+        ("r#2", "B?", "b"),
+        ("s", "What?", "red"),
+    ]
 
 
 @pytest.mark.parametrize("order", ["sorted", "in turns"])
-def test_a_limit_keeps_classes_balanced_and_the_order(tmp_path: Path, order: str) -> None:
-    answers = [str(n % 10 if order == "in turns" else n // 100) for n in range(1000)]
-    path = write(tmp_path, [record(answer=answer, id=f"{n}") for n, answer in enumerate(answers)])
-    rows = load_examples(path, limit=200)
-    assert len(rows) == 200
-    assert [int(row.id) for row in rows] == sorted(int(row.id) for row in rows)
-    counts = [sum(row.answer == str(answer) for row in rows) for answer in range(10)]
-    assert min(counts) >= 8
-    assert rows == load_examples(path, limit=200)
+def test_a_limit_keeps_classes_balanced(order: str) -> None:
+    answers = [n % 10 if order == "in turns" else n // 100 for n in range(1000)]
+    chosen = [answers[row] for row in spread(1000, 200)]
+    assert min(chosen.count(answer) for answer in range(10)) >= 8
 
 
 @pytest.mark.parametrize(("n", "limit"), [(10, 3), (7, 7), (7, 9), (1, 1), (1000, 999), (5, None)])
@@ -148,7 +169,7 @@ BROKEN = {
     "image leaves its folder": ([record(image="1.png"), record(image="../train.json")], "record 2: image must"),
     "image is absolute": ([record(image="/etc/passwd")], "record 1: image must be a relative path"),
     "images missing": ([record(image=f"{n}.png") for n in range(9)],
-                       r"7 images are missing under .*: '0.png' \(record 1\), '3.png' \(record 4\), .*, \.\.\.$"),
+                       r"7 images are missing: '0.png' \(train.json: record 1\), '3.png' \(train.json: record 4\), .*, \.\.\.$"),
 }  # fmt: skip
 
 

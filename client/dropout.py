@@ -1,0 +1,45 @@
+"""LoRA's dropout with a client dimension: a client's draws do not depend on who shares its forward pass."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedstrata.core.seeds import derive
+
+
+class Dropout:
+    """On the input of A, as PEFT's lora_dropout: an entry stays with probability 1 − p and is then divided by it.
+
+    Each row of each step has a generator of its own, which its layers draw from in the order they run, for its own
+    tokens alone: neither other clients, nor padding, nor the cut into micro-batches change what it draws.
+    """
+
+    def __init__(self, probability: float, device: torch.device) -> None:
+        self.probability, self.device = probability, device
+        self._rows: list[tuple[int, torch.Generator] | None] = []
+
+    def begin(self, lengths: Sequence[Sequence[int]], seeds: Sequence[int], step: int, first: int) -> None:
+        """The next forward pass holds these rows.
+
+        Args:
+            lengths: per client, the tokens of each of its rows; clients with fewer rows are padded to equally many.
+            seeds: per client, its job's seed.
+            step: number of the optimiser's step.
+            first: which row of each client's batch comes first: micro-batches go through it piece by piece.
+        """
+        size, self._rows = max(map(len, lengths)), []
+        for mine, seed in zip(lengths, seeds, strict=True):
+            draws = [derive(seed, "dropout", step, first + row) for row in range(len(mine))]
+            rows = zip(mine, (torch.Generator(self.device).manual_seed(draw) for draw in draws), strict=True)
+            self._rows += [*rows, *[None] * (size - len(mine))]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, L, in], zero where nothing was drawn: rows and tokens that are only padding."""
+        keep = torch.zeros_like(x)
+        for index, row in enumerate(self._rows):
+            if row is not None:
+                length, draw = row
+                keep[index, :length] = (
+                    torch.rand(length, x.shape[2], generator=draw, device=x.device) >= self.probability
+                )
+        return x * keep / (1 - self.probability)
