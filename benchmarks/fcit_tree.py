@@ -1,7 +1,8 @@
 """Writes a miniature of FCIT's data in exactly the published layout, to try the fcit-* scenarios without the download.
 
     python benchmarks/fcit_tree.py /tmp/fcit
-    fedstrata run fcit-task-hom scenario.root=/tmp/fcit model.name=tiny model.text_encoder=base model.dtype=float32
+    fedstrata run fcit-task-hom scenario.root=/tmp/fcit model.name=tiny model.text_encoder=base model.dtype=float32 \
+        model.system=
 
 All twelve datasets, both groupings, three betas, 50 client files a stage; pictures are 32 pixels wide and show the
 answer as a colour. The published files' quirks are in it: ids that are missing, collide or are numbers, `question_id`

@@ -17,9 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "river stone amber light engine forest letter window garden silver thunder paper harbour mountain signal".split()
-)
+TEXT = "river stone amber light engine forest letter window garden silver thunder paper harbour mountain signal"
+WORDS = TEXT.split()
 BUILD = """
 import json, resource, sys, time
 from fedstrata import scenarios
@@ -53,15 +52,21 @@ def measure(rows: int, clients: int) -> dict[str, Any]:
         folder = Path(name)
         write_rows(folder / "train.json", rows, "train")
         write_rows(folder / "test.json", 1000, "test")
-        (folder / "large.yaml").write_text(
-            "tasks: {large: {train: train.json, test: test.json}}\nstages: [[large]]\npartition: {kind: dirichlet, min_size: 1}\n"
-        )
+        tasks = "tasks: {large: {train: train.json, test: test.json}}\nstages: [[large]]\n"
+        (folder / "large.yaml").write_text(tasks + "partition: {kind: dirichlet, min_size: 1}\n")
         size = (folder / "train.json").stat().st_size
         words = [sys.executable, "-c", BUILD, str(folder / "large.yaml"), str(clients)]
         found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     sizes = {"rows": rows, "clients": clients, "file_bytes": size, "ratio": found["peak_bytes"] / size}
-    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
     return {**sizes, **found, "machine": machine}
+
+
+def _cpu() -> str:
+    """The processor's name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def main() -> None:

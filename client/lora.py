@@ -2,6 +2,8 @@
 
 The base model is never changed: a forward hook on each adapted Linear adds its delta while the bank is open. The
 layout's dense tail works alike: a Linear of the projector gets x ΔWᵀ + Δb added, which is what W + ΔW, b + Δb give.
+Two things differ from training W itself: weight decay pulls towards the base's projector, not towards 0; and a step
+without a picture has the gradient 0, so that the tail moves by its moments alone.
 """
 
 import math

@@ -7,7 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedstrata.core.adapters import Layout
+from safetensors import safe_open
+
+from fedstrata.core.adapters import Flat, Layout
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
 
@@ -80,6 +82,42 @@ def find_layout(model: "nn.Module", targets: Sequence[str], projector: str = "fr
         raise BadInput(f"lora.targets: {wrong}: no Linear layer of the language model has this name")
     dense = [(name, tuple(p.shape)) for name, p in model.named_parameters() if f".{PROJECTOR}." in f".{name}"]
     return Layout(tuple(sorted(modules)), tuple(dense) if projector == "shared" else ())
+
+
+def dense_weights(name: str, layout: Layout) -> dict[str, Flat]:
+    """The base's own values of the layout's tail, float32, from its weight files alone.
+
+    Older folders name the model's parts without the leading `model.`, so parameters are found by what they end with.
+
+    Raises:
+        BadInput: the base's safetensors files are not on this machine or lack one of the parameters.
+    """
+    found: dict[str, Flat] = {}
+    for path in _weight_files(name):
+        with safe_open(path, framework="pt") as file:
+            for wanted, _ in layout.dense:
+                end = wanted[wanted.index(PROJECTOR) :]
+                key = next((key for key in file.keys() if f".{key}".endswith(f".{end}")), None)  # noqa: SIM118
+                if key is not None:
+                    found[wanted] = file.get_tensor(key).float().numpy()
+    missing = [wanted for wanted, _ in layout.dense if wanted not in found]
+    if missing:
+        raise BadInput(f"model.name: the safetensors files of {name!r} hold no {', '.join(missing)}")
+    return found
+
+
+def _weight_files(name: str) -> list[Path]:
+    """The safetensors files of a folder, or of a hub name's cached copy."""
+    from transformers.utils.hub import cached_file
+
+    for file in ("config.json", "model.safetensors", "model.safetensors.index.json"):
+        try:
+            path = cached_file(folder_of(name), file, local_files_only=True)
+        except OSError:
+            continue
+        if path is not None and (files := sorted(Path(path).parent.glob("*.safetensors"))):
+            return [file for file in files if file.name.startswith("model")]
+    raise BadInput(f"model.name: {name!r} has no safetensors files on this machine")
 
 
 def token_dim(config: RunConfig) -> int:

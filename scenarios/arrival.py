@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedstrata.core.config import require
 from fedstrata.core.errors import BadInput, unknown
@@ -106,8 +105,7 @@ class Release:
 
     def __init__(self, stages: Stages, shares: Sequence[Shares], rule: ArrivalRule, seed: int) -> None:
         self.stages, self.shares, self.rule, self.seed = stages, shares, rule, seed
-        tasks = {task for stage in stages for task in stage}
-        self._occurs = {task: [number for number, s in enumerate(stages, 1) if task in s] for task in tasks}
+        self._occurs = [[number for number, s in enumerate(stages, 1) if task in s] for task in range(len(shares))]
         self._known: dict[tuple[int, int, int], Indices] = {}
         self._next = [self._announced(number) for number in range(len(stages) + 1)]
 
@@ -179,11 +177,15 @@ def _clocks(rule: ArrivalRule, stages: int, clients: int, rounds: int, seed: int
     if rule.lag >= rounds:
         raise BadInput(f"lag: must be below federation.rounds_per_stage ({rounds}), got {rule.lag}")
     total = stages * rounds
-    joins, leaves = _joins(rule, clients, total, seed), _leaves(rule, clients, total, seed)
+    if (rule.late or rule.leave) and total < LEAST:
+        raise BadInput(f"late and leave: must be 0 in a run of fewer than {LEAST} rounds, got a run of {total}")
+    half = max(2, total // 2)
+    joins = _drawn("late", rule.late, clients, (1, half), 0, seed)
+    leaves = _drawn("leave", rule.leave, clients, (half, total), total, seed)
     begins, now = np.arange(stages) * rounds, np.arange(total)
     lags = generator(seed, "arrival", "lag").integers(0, rule.lag + 1, size=(clients, stages))
     lags[begins <= joins[:, None]] = 0  # who joins begins with the stage of that round
-    own = (now[None, :, None] >= (begins + lags)[:, None, :]).sum(axis=2)
+    own: Indices = (now[None, :, None] >= (begins + lags)[:, None, :]).sum(axis=2)
     own[(now < joins[:, None]) | (now >= leaves[:, None])] = 0
     empty = np.flatnonzero((own == 0).all(axis=0))
     if len(empty):
@@ -191,28 +193,10 @@ def _clocks(rule: ArrivalRule, stages: int, clients: int, rounds: int, seed: int
     return own
 
 
-def _joins(rule: ArrivalRule, clients: int, total: int, seed: int) -> Indices:
-    """The round (from 0) in which each client joins: late ones after the first round, in the run's first half."""
-    joins = np.zeros(clients, dtype=np.int64)
-    chosen = _some(rule.late, clients, total, generator(seed, "arrival", "late", "who"))
-    joins[chosen] = generator(seed, "arrival", "late", "when").integers(1, _half(total), size=len(chosen))
-    return joins
-
-
-def _leaves(rule: ArrivalRule, clients: int, total: int, seed: int) -> Indices:
-    """The round (from 0) from which each client is gone: leavers in the run's second half, the others never."""
-    leaves = np.full(clients, total, dtype=np.int64)
-    chosen = _some(rule.leave, clients, total, generator(seed, "arrival", "leave", "who"))
-    leaves[chosen] = generator(seed, "arrival", "leave", "when").integers(_half(total), max(total, 3), size=len(chosen))
-    return leaves
-
-
-def _half(total: int) -> int:
-    """The round (from 0) at which the second half begins."""
-    return max(2, total // 2)
-
-
-def _some(share: float, clients: int, total: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    if share and total < LEAST:
-        raise BadInput(f"late and leave: must be 0 in a run of fewer than {LEAST} rounds, got {share:g} with {total}")
-    return rng.choice(clients, round(share * clients), replace=False)
+def _drawn(name: str, share: float, clients: int, span: tuple[int, int], other: int, seed: int) -> Indices:
+    """Per client a round, counted from 0: one of `span` for a seeded share of the clients, `other` for the rest."""
+    found = np.full(clients, other, dtype=np.int64)
+    chosen = generator(seed, "arrival", name, "who").choice(clients, round(share * clients), replace=False)
+    if len(chosen):
+        found[chosen] = generator(seed, "arrival", name, "when").integers(*span, size=len(chosen))
+    return found

@@ -45,14 +45,14 @@ def dirichlet_label(labels: NDArray[np.uint64], clients: int, beta: float, seed:
     n = len(labels)
     _check_enough(n, clients, min_size)
     rng, groups = generator(seed, "dirichlet-label", n, clients), group(labels)
+    owner = np.zeros(n, dtype=np.int64)
     for _ in range(TRIES):
-        hands: list[list[Indices]] = [[] for _ in range(clients)]
         for rows in groups:
             sizes = largest_remainder(_proportions(rng, clients, beta), len(rows))
-            for hand, part in zip(hands, np.split(rng.permutation(rows), np.cumsum(sizes)[:-1]), strict=True):
-                hand.append(part)
-        if min(sum(map(len, hand)) for hand in hands) >= min_size:
-            return tuple(np.sort(np.concatenate(hand)) for hand in hands)
+            owner[rng.permutation(rows)] = np.repeat(np.arange(clients), sizes)
+        held = np.bincount(owner, minlength=clients)
+        if held.min() >= min_size:
+            return _deal(np.argsort(owner, kind="stable"), held)
     raise _never(n, clients, beta, min_size)
 
 

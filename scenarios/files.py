@@ -46,6 +46,8 @@ class JsonFile:
             return parse(os.pread(_opened(self.label, os.getpid(), stamp).descriptor, length, start))
         except OSError as error:
             raise BadInput(f"{self.path}: record {number}: not readable: {error.strerror}") from error
+        except RecursionError:  # it was read from nearer to the bottom of the stack when it was loaded
+            raise BadInput(f"{self.path}: record {number}: must not be nested that deeply") from None
         except ValueError as error:  # somebody wrote into it and set its time back
             raise BadInput(f"{self.path}: record {number}: was changed since it was loaded; start again") from error
 
@@ -62,7 +64,7 @@ def _stamp(path: Path) -> Stamp | None:
     """Size and time of the last change; None where nothing is."""
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a NUL in its name
         return None
     return found.st_size, found.st_mtime_ns
 

@@ -124,7 +124,8 @@ def _single(record: Mapping[str, Any], where: str, question: str, answer: str, i
 
 def _said(record: Mapping[str, Any], key: str, where: str) -> str:
     value = record.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool):  # answers of arithmetic tasks
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+        # answers of arithmetic tasks; not NaN, which stands for missing ones
         value = str(value)
     text = clean(typed(value, str, f"{where}: {key}", "a text"), f"{where}: {key}")
     return _filled(text.replace(IMAGE_TAG, ""), f"{where}: {key}")

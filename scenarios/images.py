@@ -125,8 +125,11 @@ class ZipImages:
 
 
 def open_images(path: str | Path) -> FolderImages | ZipImages:
-    """A folder, or a file whose name ends with .zip."""
-    return ZipImages(path) if str(path).lower().endswith(".zip") and not Path(path).is_dir() else FolderImages(path)
+    """A folder, or a file whose name ends with .zip. Raises `BadInput` when it cannot be read."""
+    try:
+        return ZipImages(path) if str(path).lower().endswith(".zip") and not Path(path).is_dir() else FolderImages(path)
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise BadInput(f"{path}: not a readable folder or zip file: {getattr(error, 'strerror', error)}") from error
 
 
 def safe_name(name: str, where: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.example import Example, ImageSource
 from fedstrata.scenarios.formats import FORMATS, Parsed, clean, typed
-from fedstrata.scenarios.images import FolderImages, ZipImages
+from fedstrata.scenarios.images import FolderImages, ImageFile, ZipImages, ZipMember
 from fedstrata.scenarios.jsonfile import brief
 from fedstrata.scenarios.marking import Marker, name_of
 from fedstrata.scenarios.rows import Marks, Rows
@@ -79,8 +79,7 @@ class Reading:
 
     def lacks(self, image: ImageSource | None) -> bool:
         """Whether it is a picture by name that is not there."""
-        named = self.images is not None and hasattr(image, "name") and not hasattr(image, "column")
-        return named and not self.images.has(image)  # type: ignore[union-attr, arg-type]
+        return isinstance(image, ImageFile | ZipMember) and self.images is not None and not self.images.has(image)
 
     def examples(self, parsed: Parsed, base: str, image: ImageSource | None) -> list[Example]:
         """One example, or one for each answered turn, `base#1`, `base#2`, ..."""
@@ -124,9 +123,10 @@ def load(store: Store, reading: Reading, found: Found) -> Rows:
             found.missing.append(f"{brief(parsed.image)} ({store.short}: record {number})")
         ignored += parsed.ignored
         origin, own = reading.origin(record, where), usable_id(parsed.id, where)
-        for turn, example in enumerate(reading.examples(parsed, "", image)):
+        examples = reading.examples(parsed, "", image)
+        for turn, example in enumerate(examples):
             if not reading.answers or example.answer in reading.answers:
-                marker.add(example, own, number, turn, len(parsed.turns), origin)
+                marker.add(example, own, number, turn, len(examples), origin)
                 turns.append(_small(turn, where))
     _check_any(store.label, len(turns), reading)
     if ignored:

@@ -36,9 +36,9 @@ def read_records(path: Path) -> Iterator[Any]:
 
 def scan(path: Path) -> Iterator[Record]:
     """The file's records with their places. Raises `BadInput` as described at the top."""
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file")
     try:
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file")
         with path.open("rb") as file:
             yield from _lines(path, file) if path.suffix.lower() == ".jsonl" else _Array(path, file).records()
     except OSError as error:
@@ -80,14 +80,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[Record]:
     number, start = 0, 0
-    for line in iter(lambda: file.readline(MOST_BYTES), b""):
+    most = MOST_BYTES + len(BOM + b"\r\n")
+    for line in iter(lambda: file.readline(most), b""):
         skip = len(BOM) if start == 0 and line.startswith(BOM) else 0
         body = line[skip:].strip(b" \t\r\n")
         if body:
             number += 1
             where = f"{path}: record {number}:"
-            if len(line) >= MOST_BYTES:
-                raise BadInput(f"{where} must have at most {MOST_BYTES:,} bytes")
+            _refuse_long(where, len(body) if len(line) < most or line.endswith(b"\n") else len(line))
             place = start + line.index(body, skip)
             yield Record(_line(where, body, place), place, len(body))
         start += len(line)
@@ -155,11 +155,11 @@ class _Array:
             except _Incomplete:
                 pass
             self._check_text()
-            if len(self.text) - self.at > MOST_BYTES:
-                raise BadInput(f"{where} must have at most {MOST_BYTES:,} bytes")
+            _refuse_long(where, len(self.text) - self.at - TOKEN)
             self._fill()
         start = self.place
         self._move(end - self.at)
+        _refuse_long(where, self.place - start)
         return Record(value, start, self.place - start)
 
     def _is_comma(self) -> bool:
@@ -206,6 +206,11 @@ class _Array:
         """What was decoded is used up: was it because the rest is no text?"""
         if self.bad and self.ended:
             raise BadInput(f"{self.path}: record {max(1, self.number)}: must be UTF-8 text, got {self.bad}")
+
+
+def _refuse_long(where: str, size: int) -> None:
+    if size > MOST_BYTES:
+        raise BadInput(f"{where} must have at most {MOST_BYTES:,} bytes")
 
 
 class _Incomplete(Exception):

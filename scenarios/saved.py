@@ -10,6 +10,7 @@ import numpy as np
 
 from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.dealing import Shares
+from fedstrata.scenarios.jsonfile import brief
 
 VERSION = 1
 
@@ -43,8 +44,14 @@ def load_saved(path: Path, task: str, digest: str, rows: int, clients: int) -> S
         raise BadInput(f"{where}: shares must be a list of lists of row numbers")
     if len(shares) != clients:
         raise BadInput(f"{where}: shares must have one list for each of {clients} clients, got {len(shares)}")
+    wrong = [row for hand in shares for row in hand if not 0 <= row < rows]
+    if wrong:
+        raise BadInput(f"{where}: rows must be between 0 and {rows - 1}, got {brief(wrong[0])}")
     found = tuple(np.sort(np.array(hand, dtype=np.int64)) for hand in shares)
-    _check_cover(np.concatenate(found), rows, where)
+    counts = np.bincount(np.concatenate(found), minlength=rows)
+    if (counts != 1).any():
+        row = int(np.flatnonzero(counts != 1)[0])
+        raise BadInput(f"{where}: every row must be at exactly one client, row {row} is at {int(counts[row])}")
     return found
 
 
@@ -70,13 +77,3 @@ def _block(path: Path, task: str, clients: int) -> Mapping[str, Any]:
     if not isinstance(block, dict) or not {"digest", "shares"} <= set(block):
         raise BadInput(f"{path}: tasks must have the task {task} with digest and shares, got {', '.join(tasks)[:80]}")
     return block
-
-
-def _check_cover(given: "np.ndarray[Any, Any]", rows: int, where: str) -> None:
-    wrong = given[(given < 0) | (given >= rows)]
-    if len(wrong):
-        raise BadInput(f"{where}: rows must be below {rows}, got {int(wrong[0])}")
-    counts = np.bincount(given, minlength=rows)
-    if (counts != 1).any():
-        row = int(np.flatnonzero(counts != 1)[0])
-        raise BadInput(f"{where}: every row must be at exactly one client, row {row} is at {int(counts[row])}")

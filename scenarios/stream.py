@@ -101,8 +101,14 @@ class Scenario:
         return positions[position % len(positions)]
 
     def present(self, stage: int, round_: int) -> list[int]:
-        """The clients that can be drawn in this round."""
-        return [c for c in range(self.client_count) if self.timeline.tasks(c, stage, round_)]
+        """The clients that can be drawn in this round: those that are there and, but for places, have data to train."""
+        return [client for client in range(self.client_count) if self._can_train(client, stage, round_)]
+
+    def _can_train(self, client: int, stage: int, round_: int) -> bool:
+        tasks = self.timeline.tasks(client, stage, round_)
+        if self.assign is not None:  # its place among the participants decides what it trains
+            return bool(tasks)
+        return any(len(self.timeline.rows(task, client, stage, round_)) for task in tasks)
 
     def holding(self, tasks: Iterable[int], client: int, stage: int = 0, round_: int = 0) -> list[tuple[int, Indices]]:
         """[(task, rows)] that the client has of these tasks at this time; stage 0: all that it ever has."""

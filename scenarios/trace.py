@@ -18,6 +18,7 @@ import numpy as np
 from fedstrata.core.errors import BadInput, unknown
 from fedstrata.core.seeds import generator
 from fedstrata.scenarios.dealing import Indices, Shares
+from fedstrata.scenarios.formats import clean
 from fedstrata.scenarios.jsonfile import brief, read_records
 
 KEYS = ("client", "round", "tasks")
@@ -122,7 +123,7 @@ def _change(
         raise BadInput(f"{where}: tasks must be a list of task names, got {brief(told)}")
     for name in told:
         if name not in names:
-            raise unknown(f"{where}: tasks", name, names)
+            raise unknown(f"{where}: tasks", clean(name, f"{where}: tasks"), names)
     return client, first, tuple(sorted({names.index(name) for name in told}))
 
 
@@ -145,11 +146,12 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
         raise BadInput(f"{path}: not a readable CSV file: {error}") from error
     if sorted(columns) != sorted(KEYS):
         raise BadInput(f"{path}: must have the columns {', '.join(KEYS)}, got {brief(','.join(columns))}")
-    for row in rows:
-        if None in row:
-            raise BadInput(f"{path}: line with client {brief(row['client'])}: must have {len(KEYS)} cells, got more")
-        names = row["tasks"] or ""
-        told = [name.strip() for name in names.split("+")] if names.strip() else []
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            came = "fewer" if None in row.values() else "more"
+            raise BadInput(f"{path}: record {number}: must have {len(KEYS)} cells, got {came}")
+        names = row["tasks"].strip()
+        told = [name.strip() for name in names.split("+")] if names else []
         yield {"client": _number(row["client"]), "round": _number(row["round"]), "tasks": told}
 
 

@@ -1,4 +1,7 @@
-"""A run's knowledge for use without fedstrata: one PEFT folder per subspace and router.json."""
+"""A run's knowledge for use without fedstrata: one PEFT folder per subspace and router.json.
+
+A projector that was trained is in every folder, whole and the same: PEFT keeps no differences of whole modules.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedstrata.core import shapes
 from fedstrata.core.adapters import Layout, save_peft
 from fedstrata.core.config import RunConfig, from_dict
 from fedstrata.core.errors import BadInput
@@ -56,8 +60,10 @@ def export(run_dir: Path, to: Path) -> list[str]:
     layout, scaling = Layout.from_json(description.layout), config.lora.alpha / config.lora.rank
     unfinished = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     names = [f"subspace-{index}" for index in range(len(knowledge.adapters))]
-    for name, flat in zip(names, knowledge.adapters, strict=True):
-        save_peft(unfinished / name, layout, flat, scaling, config.model.name)
+    dense = shapes.dense_weights(config.model.name, layout) if layout.dense else None
+    for name, adapter in zip(names, knowledge.adapters, strict=True):
+        flat = np.concatenate([adapter, knowledge.shared])
+        save_peft(unfinished / name, layout, flat, scaling, config.model.name, dense)
     unfinished.mkdir(parents=True, exist_ok=True)
     router = json.dumps(_router(config, knowledge, description, names), indent=1)
     (unfinished / "router.json").write_text(router, encoding="utf-8")

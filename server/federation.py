@@ -27,7 +27,7 @@ from fedstrata.server.chronicle import Chronicle, Done
 from fedstrata.server.exchange import Ledger, Seat, exchange, questions
 from fedstrata.server.gate import Expected, read_token, read_train
 from fedstrata.server.grids import ParticipantsGrid
-from fedstrata.server.participation import draw, earlier, share_size
+from fedstrata.server.participation import earlier, participants, share_size
 from fedstrata.server.progress import Progress
 from fedstrata.server.scoring import score_row
 from fedstrata.strategies.base import Participant, Strategy
@@ -96,7 +96,7 @@ class Federation:
 
     def _sample(self, stage: int, round_: int) -> list[Seat]:
         """This round's participants, drawn from (seed, stage, round); a client without data has no seat."""
-        drawn = draw(self.config, self.scenario.present(stage, round_), stage, round_)
+        drawn = participants(self.config, self.scenario, stage, round_, self.strategy.pooled)
         seats = [self._seat(stage, round_, position, client) for position, client in enumerate(drawn)]
         return [seat for seat in seats if seat.samples > 0]
 

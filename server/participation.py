@@ -40,20 +40,26 @@ def _published(present: Sequence[int], size: int, seed: int) -> list[int]:
     return [present[index] for index in set(chosen.tolist())]
 
 
+def participants(config: RunConfig, scenario: Scenario, stage: int, round_: int, pooled: bool = False) -> list[int]:
+    """The round's participants; a method that pools all tasks draws from all clients at all times."""
+    there = range(scenario.client_count) if pooled else scenario.present(stage, round_)
+    return draw(config, there, stage, round_)
+
+
 def visits(config: RunConfig, scenario: Scenario, stage: int) -> Iterator[Visit]:
     """Every client-round of a stage in which the client has data."""
     for round_ in range(1, config.federation.rounds_per_stage + 1):
-        for position, client in enumerate(draw(config, scenario.present(stage, round_), stage, round_)):
+        for position, client in enumerate(participants(config, scenario, stage, round_)):
             tasks = scenario.tasks_of(stage, round_, position, client)
             if scenario.share_size(tasks, client, stage, round_):
                 yield Visit(stage, round_, position, client, tasks)
 
 
 def earlier(config: RunConfig, scenario: Scenario, stage: int, round_: int) -> Counter[int]:
-    """How often each client took part before this round."""
+    """How often each client took part in a method that pools all tasks, before this round."""
     rounds = config.federation.rounds_per_stage
     before = [divmod(number, rounds) for number in range((stage - 1) * rounds + round_ - 1)]
-    drawn = (draw(config, scenario.present(s + 1, r + 1), s + 1, r + 1) for s, r in before)
+    drawn = (participants(config, scenario, s + 1, r + 1, pooled=True) for s, r in before)
     return Counter(client for clients in drawn for client in clients)
 
 

@@ -125,3 +125,33 @@ def test_a_layout_survives_the_way_through_json() -> None:
 )
 def test_any_difference_between_layouts_shows_in_the_hash(other: Layout) -> None:
     assert other.hash != TWO.hash
+
+
+TAILED = Layout(TWO.modules, (("p.weight", (2, 3)), ("p.bias", (2,))))
+
+
+def test_a_tail_stands_behind_the_low_rank_part() -> None:
+    whole = np.arange(16 + 8, dtype=np.float32)
+    assert (TAILED.tail, TAILED.size(2), TAILED.rank(whole)) == (8, 24, 2)
+    low, tail = TAILED.cut(whole)
+    assert (low.tolist(), tail.tolist()) == (list(range(16)), list(range(16, 24)))
+    assert (
+        TAILED.join(TAILED.split(whole)).tolist() == TAILED.lora.join(TAILED.lora.split(low)).tolist() == low.tolist()
+    )
+    views = TAILED.dense_views(tail)
+    assert views["p.weight"].tolist() == [[16, 17, 18], [19, 20, 21]]
+    assert views["p.bias"].tolist() == [22, 23]
+    with pytest.raises(ValueError, match="a multiple of 8 parameters and 8 more, got 25"):
+        TAILED.rank(np.zeros(25, dtype=np.float32))
+
+
+def test_a_fresh_tail_is_zero_behind_the_same_draw() -> None:
+    assert fresh(TAILED, 2, 0, 0).tolist() == [*fresh(TWO, 2, 0, 0).tolist(), *[0.0] * 8]
+
+
+def test_a_tail_shows_in_json_and_hash_and_its_absence_does_not() -> None:
+    assert Layout.from_json(TAILED.to_json()) == TAILED
+    assert TAILED.hash != TWO.hash
+    assert TAILED.lora == TWO
+    assert TWO.to_json() == '[["first", 2, 3], ["second", 1, 2]]'
+    assert TWO.cut(whole := np.zeros(8, dtype=np.float32))[0] is whole

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
+from fedstrata.core import config
 from fedstrata.core.config import ScenarioSection
 from fedstrata.core.errors import BadInput
 from fedstrata.core.scoring import SCORERS
-from fedstrata.scenarios import build
+from fedstrata.scenarios import build, defaults
 from fedstrata.scenarios.fcit_tables import DATASETS, GROUPS, dataset_of
 from fedstrata.scenarios.stream import Scenario
 
 TASK = ["ImageNet-R", "ArxivQA", "IconQA", "CLEVR-Math", "OCRVQA", "Flickr30k", "FigureQA", "super-CLEVR"]
-TASK_HET = "12456 34577 02345 00137 12445 03577 22577 55566".split()
-CAP_HET = "01133 02223 12233 00011".split()
+TASK_HET = ["12456", "34577", "02345", "00137", "12445", "03577", "22577", "55566"]
+CAP_HET = ["01133", "02223", "12233", "00011"]
 
 
 def fcit(root: Path, setting: str, beta: float | None = None, **more: Any) -> Scenario:
@@ -215,3 +216,23 @@ def test_the_hash_follows_content_and_setting_but_not_the_folder(small: Path, tm
     path = moved / "instructions/Flickr30k-cap/val_coco_type.json"
     path.write_text(path.read_text().replace("indeed.", "perhaps."))
     assert fcit(moved, "task-hom").hash != first
+
+
+@pytest.mark.parametrize(("setting", "batch"), [("task-hom", 128), ("task-het", 128), ("cap-hom", 64), ("cap-het", 64)])
+def test_a_setting_brings_the_published_hyper_parameters(setting: str, batch: int) -> None:
+    run = config.build([defaults(f"fcit-{setting}")])
+    f, t, a = run.federation, run.train, run.lora
+    assert (f.clients, f.clients_per_round, f.rounds_per_stage, f.sampling) == (50, 5, 10, "fcit")
+    assert (t.lr, t.batch_size, t.local_epochs, t.schedule, t.warmup_ratio, t.weight_decay) == (
+        2e-4,
+        batch,
+        1,
+        "cosine",
+        0.03,
+        0,
+    )
+    assert (a.rank, a.alpha / a.rank, a.dropout, a.init) == (8, 2.0, 0.05, "normal")
+    assert sorted(a.targets) == ["down_proj", "gate_proj", "up_proj"]
+    assert (run.model.max_new_tokens, run.model.image_fit, t.max_length, t.overlong) == (128, "pad", 2048, "cut")
+    assert run.model.system.startswith("A chat between a curious user and an artificial intelligence assistant. The")
+    assert run.strategy.projector == "shared"

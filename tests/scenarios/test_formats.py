@@ -24,6 +24,8 @@ GOOD: list[tuple[str, dict[str, Any], Parsed]] = [
     ("alpaca", {"instruction": "Say.", "output": "so", "id": 0}, Parsed((("Say.", "so"),), None, 0)),
     ("trace", {"prompt": "What?", "answer": 12}, Parsed((("What?", "12"),), None, None)),
     ("trace", {"prompt": "What?", "answer": 0.5}, Parsed((("What?", "0.5"),), None, None)),
+    ("trace", {"prompt": "a<image>b <image>", "answer": 10**30}, Parsed((("ab", "1" + "0" * 30),), None, None)),
+    ("trace", {"prompt": "What?", "answer": "red", "image": None, "id": None}, Parsed((("What?", "red"),), None, None)),
     ("fields", {"ask": "What?", "say": "red", "pic": "1.png", "id": "a"}, Parsed((("What?", "red"),), "1.png", "a")),
     ("fields", {"ask": "What?", "say": "red", "image": "not asked for"}, Parsed((("What?", "red"),), None, None)),
 ]  # fmt: skip
@@ -58,6 +60,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("alpaca", {"instruction": "Add.", "output": "  "}, "output must not be empty"),
     ("alpaca", {"instruction": "<image>", "output": "a"}, "instruction must not be empty"),
     ("trace", {"prompt": "What?", "answer": True}, "answer must be a text, got True"),
+    ("trace", {"prompt": "What?", "answer": float("nan")}, "answer must be a text, got nan"),
+    ("alpaca", {"instruction": "Add.", "input": float("nan"), "output": "3"}, "input must be a text, got nan"),
+    ("trace", {"prompt": "What?", "answer": float("-inf")}, "answer must be a text, got -inf"),
     ("trace", {"prompt": "a\0b", "answer": "red"}, "prompt must be Unicode text without NUL"),
     ("trace", {"prompt": "What?", "answer": "\udfff"}, "answer must be Unicode text"),
     ("trace", {"prompt": "What?", "answer": "red", "image": ["1.png"]}, "image must be a path, got a list of 1"),

@@ -31,6 +31,7 @@ TAG = "<image>"
 SECRET = (1, 2, 3)  # colour of the picture that nobody may read
 FIELDS = {"question": "ask", "answer": "say"}
 FORMATS = ("llava", "fcit", "alpaca", "trace", "fields", "auto")
+CONTAINERS = ("json", "jsonl")
 KEYS = {"fcit": ("text", "answer"), "alpaca": ("instruction", "output"), "trace": ("prompt", "answer")}
 KEYS["fields"] = ("ask", "say")
 READINGS: tuple[dict[str, Any], ...] = ({}, {"whole": False}, {"source": "kind"}, {"where": {"kind": "a"}})
@@ -270,8 +271,12 @@ def parsed(data: bytes, container: str) -> list[dict[str, Any]]:
     return found
 
 
+def test_there_are_at_least_five_hundred_mutants() -> None:
+    assert PER_FILE * len(FORMATS) * len(CONTAINERS) >= 500
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("container", ["json", "jsonl"])
+@pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_mutated_file_loads_to_what_it_says_or_is_refused(world: Path, form: str, container: str) -> None:
     images, outcomes = open_images(world / "images"), []

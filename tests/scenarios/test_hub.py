@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import pickle
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,45 @@ def test_conversations_in_json_lines_are_read_and_filtered(tmp_path: Path) -> No
     assert rows.marks.source is not None
     single = load(tmp_path / "data", reading=Reading(whole=False, answers=frozenset({"b7"})))
     assert [(row.id, row.question) for row in single] == [("7#2", "B?7")]
+
+
+ALPACA = [{"instruction": f"Add {n}.", "input": "1 2" if n % 2 else "", "output": f"is {n}"} for n in range(20)]
+
+
+@pytest.mark.parametrize("kind", ["lines", "saved split", "parquet"])
+def test_a_task_of_texts_alone_needs_no_images(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "data"
+    if kind == "lines":
+        folder.mkdir()
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ALPACA)))
+    elif kind == "parquet":
+        datasets.Dataset.from_list(ALPACA).to_parquet(folder / "train.parquet")
+    else:
+        datasets.Dataset.from_list(ALPACA).save_to_disk(folder)
+    block = {"dataset": "data", "train": "train", "test": "train", "format": "alpaca"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"tasks": {"mine": block}, "stages": [["mine"]]}))
+    scenario = build(ScenarioSection(str(tmp_path / "mine.yaml")), 2, 0)
+    asked = [f"Add {n}.\n1 2" if n % 2 else f"Add {n}." for n in range(20)]
+    assert [(row.id, row.question, row.answer, row.image) for row in scenario.tasks[0].test] == [
+        (str(n + 1), asked[n], f"is {n}", None) for n in range(20)
+    ]
+    assert {row.question for row in scenario.read(scenario.share((0,), 0))} <= set(asked)
+
+
+def tell_colours(rows: Rows, told: Any) -> None:
+    told.put([row.image.open().getpixel((0, 0))[0] if row.image else None for row in rows])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_reads_and_so_does_its_parent(stored: Path) -> None:
+    rows, context = load(stored), multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+    child = context.Process(target=tell_colours, args=(rows, told))
+    child.start()
+    assert told.get() == [0, 1, 2, 3, None, 5, 6, 7, 8]
+    child.join()
+    assert child.exitcode == 0
+    assert rows[8].image.open().getpixel((0, 0)) == (8, 0, 0)  # type: ignore[union-attr]
 
 
 def test_names_of_pictures_may_be_relative_to_a_folder(tmp_path: Path) -> None:

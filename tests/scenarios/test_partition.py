@@ -1,6 +1,9 @@
 """Every row at exactly one client, by the law, from the seed."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -78,6 +81,27 @@ def test_every_kind_gives_every_row_to_one_client_honours_min_size_and_is_pure(
 def test_another_seed_deals_otherwise(rule: PartitionRule) -> None:
     labels = [row % 7 for row in range(140)]
     assert len({str(deal(rule, labels, 4, seed)) for seed in range(5)}) == 5
+
+
+def test_a_partition_is_the_same_in_every_process() -> None:
+    code = (
+        "import numpy as np; from fedstrata.scenarios.partition import PARTITIONS, Deck, PartitionRule as Rule;"
+        "rules = [Rule('dirichlet'), Rule('dirichlet-label'), Rule('iid'), Rule('by-source', field='city')];"
+        "deck = Deck(np.arange(90, dtype=np.uint64) % 7, 5, 3);"
+        "print([[hand.tolist() for hand in PARTITIONS[rule.kind](deck, rule)] for rule in rules])"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("0", "4242")
+    }
+    rules = [RULES[0], RULES[1], RULES[4], PartitionRule("by-source", field="city")]
+    assert told == {f"{[deal(rule, [row % 7 for row in range(90)], 5, 3) for rule in rules]}\n"}
 
 
 @settings(max_examples=40, deadline=None)
@@ -162,6 +186,17 @@ def test_sizes_are_the_drawn_proportions_to_rounding(n: int) -> None:
     drawn = generator(3, "dirichlet-quantity", n, 6).dirichlet(np.full(6, 2.0))
     sizes = np.array([len(share) for share in dirichlet_quantity(n, 6, 2.0, 3)])
     assert np.abs(sizes / n - drawn).max() <= 1 / n
+
+
+@pytest.mark.parametrize("n", [1_000, 10_000, 100_000])
+def test_each_labels_shares_are_its_own_drawn_proportions_to_rounding(n: int) -> None:
+    labels = np.random.default_rng(0).integers(3, size=n).astype(np.uint64)
+    shares, rng = dirichlet_label(labels, 6, 30.0, 4), generator(4, "dirichlet-label", n, 6)
+    for rows_ in group(labels):
+        drawn = rng.dirichlet(np.full(6, 30.0))
+        rng.permutation(rows_)
+        found = np.array([np.isin(share, rows_).sum() for share in shares]) / len(rows_)
+        assert np.abs(found - drawn).max() <= 1 / len(rows_)
 
 
 def test_which_rows_a_client_gets_is_shuffled_and_depends_on_the_seed() -> None:
@@ -302,6 +337,7 @@ def test_too_few_rows_are_refused(kind: str) -> None:
         ({"kind": "by-task", "min_size": -1}, "min_size: must be at least 0 with kind by-task, got -1"),
         ({"kind": "dirichlet-label", "label": "answers"}, "label: unknown 'answers'; did you mean 'answer'"),
         ({"kind": "dirichlet-label", "label": "source"}, "field: must be there with by-source or label: source"),
+        ({"kind": "iid", "label": "task"}, "label: must be left out unless kind is dirichlet-label, got 'task'"),
         ({"kind": "by-source"}, "field: must be there with by-source or label: source, and only then, got ''"),
         ({"kind": "iid", "field": "city"}, "field: must be .* and only then, got 'city'"),
         ({"kind": "file"}, "file: must be there with kind: file, and only then, got ''"),

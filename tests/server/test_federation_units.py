@@ -1,8 +1,11 @@
 """The federation's small functions: who takes part, how often, and how much data that is."""
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,21 +13,36 @@ from hypothesis import strategies as st
 from fedstrata.client.app import share
 from fedstrata.core.config import FederationSection, RunConfig
 from fedstrata.core.records import Assignment, Binding
+from fedstrata.scenarios.arrival import ArrivalRule, timeline
+from fedstrata.scenarios.dealing import Shares
 from fedstrata.scenarios.stream import Example, Scenario, Task
-from fedstrata.server.participation import draw, share_size, visits
+from fedstrata.server.participation import Visit, draw, earlier, share_size, visits
 
 CONFIG = RunConfig(federation=FederationSection(clients=20, clients_per_round=5, rounds_per_stage=4))
+ALL = range(20)
 
 
 def scenario(*sizes: int) -> Scenario:
     """One client; task t holds `sizes[t]` examples named t-0, t-1, …, all of them the client's."""
+    return dealt(tuple((np.arange(size),) for size in sizes), tuple((t,) for t in range(len(sizes))))
+
+
+def dealt(
+    shares: tuple[Shares, ...], stages: tuple[tuple[int, ...], ...], rule: ArrivalRule | None = None, at: Path = Path()
+) -> Scenario:
+    """Tasks `task-0`, … whose rows are all at clients; stages of four rounds."""
     tasks = tuple(
-        Task(f"task-{t}", tuple(Example(f"{t}-{row}", "?", "!") for row in range(size)), ())
-        for t, size in enumerate(sizes)
+        Task(f"task-{t}", tuple(Example(f"{t}-{row}", "?", "!") for row in range(sum(map(len, hands)))), ())
+        for t, hands in enumerate(shares)
     )
-    shares = tuple((tuple(range(size)),) for size in sizes)
-    stages = tuple((t,) for t in range(len(sizes)))
-    return Scenario("made", tasks, stages, None, shares, (frozenset(),) * len(sizes), None, 0, "")
+    names = [task.name for task in tasks]
+    when = timeline(rule or ArrivalRule(), stages, shares, 4, 0, names, at)
+    return Scenario("made", tasks, stages, None, shares, when, (frozenset(),) * len(shares), None, 0, "")
+
+
+def twenty() -> Scenario:
+    """Three stages of one task, a row of it at each of twenty clients."""
+    return dealt((tuple(np.array([row]) for row in ALL),), ((0,),) * 3)
 
 
 def drawn(pool: Scenario, part: int, parts: int, config: RunConfig = CONFIG) -> list[str]:
@@ -34,45 +52,87 @@ def drawn(pool: Scenario, part: int, parts: int, config: RunConfig = CONFIG) -> 
 
 
 def test_a_draw_is_a_function_of_seed_stage_and_round() -> None:
-    first = draw(CONFIG, 20, 2, 3)
-    assert draw(CONFIG, 20, 2, 3) == first
-    for other in (draw(CONFIG, 20, 3, 2), draw(CONFIG, 20, 2, 4), draw(replace(CONFIG, seed=1), 20, 2, 3)):
+    first = draw(CONFIG, ALL, 2, 3)
+    assert draw(CONFIG, ALL, 2, 3) == first
+    for other in (draw(CONFIG, ALL, 3, 2), draw(CONFIG, ALL, 2, 4), draw(replace(CONFIG, seed=1), ALL, 2, 3)):
         assert other != first
 
 
 def test_a_draw_takes_each_client_once_at_most() -> None:
     for round_ in range(1, 50):
-        clients = draw(CONFIG, 20, 1, round_)
+        clients = draw(CONFIG, ALL, 1, round_)
         assert len(set(clients)) == len(clients) == 5
         assert set(clients) <= set(range(20))
 
 
 def test_a_draw_from_fewer_clients_than_asked_for_takes_all() -> None:
-    assert sorted(draw(CONFIG, 3, 1, 1)) == [0, 1, 2]
+    assert sorted(draw(CONFIG, range(3), 1, 1)) == [0, 1, 2]
 
 
 def test_every_client_is_drawn_equally_often_in_the_long_run() -> None:
-    counts = Counter(client for round_ in range(1, 801) for client in draw(CONFIG, 20, 1, round_))
+    counts = Counter(client for round_ in range(1, 801) for client in draw(CONFIG, ALL, 1, round_))
     assert sum(counts.values()) == 4000
     assert all(130 <= counts[client] <= 270 for client in range(20))  # 200 each, five standard deviations around it
 
 
 def test_positions_are_drawn_too() -> None:
     # a heterogeneous schedule gives tasks by position, so the first place must not always be the smallest client's
-    assert any(draw(CONFIG, 20, 1, round_) != sorted(draw(CONFIG, 20, 1, round_)) for round_ in range(1, 9))
+    assert any(draw(CONFIG, ALL, 1, round_) != sorted(draw(CONFIG, ALL, 1, round_)) for round_ in range(1, 9))
+
+
+def test_only_clients_that_are_present_are_drawn() -> None:
+    present = [1, 4, 6, 9, 12, 13, 19]
+    for round_ in range(1, 30):
+        chosen = draw(CONFIG, present, 1, round_)
+        assert len(set(chosen)) == len(chosen) == 5
+        assert set(chosen) <= set(present)
+        assert chosen == [present[place] for place in draw(CONFIG, range(7), 1, round_)]
+    assert draw(CONFIG, [], 1, 1) == []
+
+
+@pytest.mark.parametrize("sampling", ["seeded", "fcit"])
+def test_whoever_is_absent_is_not_drawn_by_either_sampling(sampling: str) -> None:
+    config = replace(CONFIG, federation=replace(CONFIG.federation, sampling=sampling))
+    assert sorted(draw(config, [3, 8], 2, 1)) == [3, 8]
+    assert set(draw(config, range(10, 20), 2, 1)) <= set(range(10, 20))
 
 
 def test_before_the_first_round_nobody_took_part() -> None:
-    assert visits(CONFIG, 20, 1, 1) == Counter()
+    assert earlier(CONFIG, twenty(), 1, 1) == Counter()
 
 
-def test_visits_count_all_earlier_rounds_and_not_this_one() -> None:
+def test_earlier_counts_all_rounds_before_and_not_this_one() -> None:
     by_hand: Counter[int] = Counter()
     for stage in (1, 2, 3):
         for round_ in (1, 2, 3, 4):
-            assert visits(CONFIG, 20, stage, round_) == by_hand
-            by_hand.update(draw(CONFIG, 20, stage, round_))
-    assert sum(visits(CONFIG, 20, 3, 4).values()) == 11 * 5
+            assert earlier(CONFIG, twenty(), stage, round_) == by_hand
+            by_hand.update(draw(CONFIG, ALL, stage, round_))
+    assert sum(earlier(CONFIG, twenty(), 3, 4).values()) == 11 * 5
+
+
+def test_visits_are_the_draws_of_a_stage() -> None:
+    found = list(visits(CONFIG, twenty(), 2))
+    assert found[0] == Visit(2, 1, 0, draw(CONFIG, ALL, 2, 1)[0], (0,))
+    assert [(v.round, v.client) for v in found] == [(r, c) for r in (1, 2, 3, 4) for c in draw(CONFIG, ALL, 2, r)]
+
+
+def test_who_is_absent_or_holds_nothing_visits_nobody_and_keeps_its_place(tmp_path: Path) -> None:
+    told = [{"client": client, "round": 1, "tasks": ["task-0"]} for client in range(4)]
+    told += [{"client": 0, "round": 3, "tasks": []}, {"client": 1, "round": 5, "tasks": ["task-1"]}]
+    (tmp_path / "trace.json").write_text(json.dumps(told))
+    shares = (
+        tuple(np.arange(3 * c, 3 * c + 3 if c < 3 else 9) for c in range(4)),
+        (np.arange(2),) + (np.arange(0),) * 3,
+    )
+    pool = dealt(shares, ((0,), (1,)), ArrivalRule("trace", file="trace.json"), tmp_path)
+    found = {stage: list(visits(CONFIG, pool, stage)) for stage in (1, 2)}
+    by_round = [{v.client for v in found[stage] if v.round == round_} for stage in (1, 2) for round_ in (1, 2, 3, 4)]
+    assert (
+        by_round == [{0, 1, 2}] * 2 + [{1, 2}] * 2 + [{2}] * 4
+    )  # client 3 holds no row, client 1 none of its new task
+    assert {v.tasks for v in found[2]} == {(0,)}
+    assert any(v.position for v in found[2])
+    assert earlier(CONFIG, pool, 1, 4) == {0: 2, 1: 3, 2: 3, 3: 3}
 
 
 @pytest.mark.parametrize(
