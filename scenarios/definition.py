@@ -13,6 +13,7 @@ from fedstrata.core.scoring import SCORERS
 from fedstrata.scenarios.arrival import ArrivalRule
 from fedstrata.scenarios.fcit_tables import FcitRule
 from fedstrata.scenarios.formats import FORMATS
+from fedstrata.scenarios.jsonfile import is_folder
 from fedstrata.scenarios.partition import PartitionRule
 from fedstrata.scenarios.schema import expect, fill, listing, mapping
 
@@ -103,7 +104,7 @@ class Definition:
         """
         key = "scenario.root" if override else f"{self.path}: root"
         folder = Path(override) if override else self.path.parent / _expand(self.root, key)
-        expect(folder.is_dir(), key, "an existing folder", str(folder))
+        expect(is_folder(folder), key, "an existing folder", str(folder))
         return folder
 
 

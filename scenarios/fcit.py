@@ -20,6 +20,7 @@ from fedstrata.scenarios.example import Example
 from fedstrata.scenarios.fcit_tables import BETAS, DATASETS, GROUPS, REFERENCES, SETTINGS, FcitRule, Setting, dataset_of
 from fedstrata.scenarios.files import Found, Reading, load_file, refuse_missing
 from fedstrata.scenarios.images import open_images
+from fedstrata.scenarios.jsonfile import is_folder
 from fedstrata.scenarios.partition import Shares
 from fedstrata.scenarios.rows import Joined, Marks, Rows, hash_texts
 from fedstrata.scenarios.stream import Assign, Task
@@ -198,6 +199,6 @@ def _code(name: str) -> np.uint64:
 
 
 def _folder(path: Path, what: str) -> Path:
-    if not path.is_dir():
+    if not is_folder(path):
         raise BadInput(f"{path}: no such folder ({what}); scenario.root must be the folder that holds FCIT's data")
     return path

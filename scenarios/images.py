@@ -18,6 +18,7 @@ from fedstrata.core.errors import BadInput
 
 MOST_PIXELS = 64_000_000  # an 8000 x 8000 picture; more is a mistake or a decompression bomb
 MOST_BYTES = 256_000_000
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # pictures; Pillow's others run programs
 _UNSAFE = re.compile("[\0\ud800-\udfff]")  # NUL, halves of surrogate pairs
 
 
@@ -172,7 +173,7 @@ def refuse_large(key: str, size: int) -> None:
 def decode(data: bytes, key: str) -> Image.Image:
     """RGB, from an image file's bytes. Raises `BadInput`, beginning with `key`, for what is no image or too large."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise BadInput(f"{key}: image must have at most {MOST_PIXELS:,} pixels, got {width} x {height}")

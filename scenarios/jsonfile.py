@@ -50,6 +50,14 @@ def parse(data: bytes) -> Any:
     return _DECODER.decode(data.decode("utf-8"))
 
 
+def is_folder(path: Path) -> bool:
+    """Whether it is one; False too for what can be no file name at all."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def brief(value: object) -> str:
     """What came, short enough for a message.
 

@@ -14,6 +14,7 @@ from fedstrata.scenarios.definition import FileTask, GeneratedTask
 from fedstrata.scenarios.files import Found, Reading, load_file, refuse_missing
 from fedstrata.scenarios.hub import load_hub
 from fedstrata.scenarios.images import open_images
+from fedstrata.scenarios.jsonfile import is_folder
 from fedstrata.scenarios.mini import ANSWERS, MINI_TASKS, mini_task
 from fedstrata.scenarios.mini_domain import DOMAIN_ANSWERS, DOMAIN_TASKS, domain_task
 from fedstrata.scenarios.rows import Hashes, Rows, rows_of
@@ -112,7 +113,7 @@ def _split(spec: FileTask, name: str, folder: Path, reading: Reading, found: Fou
     if spec.dataset is None:
         return load_file(folder / name, reading, found)
     local = folder / spec.dataset
-    return load_hub(str(local) if local.is_dir() else spec.dataset, spec.subset, name, reading, found)
+    return load_hub(str(local) if is_folder(local) else spec.dataset, spec.subset, name, reading, found)
 
 
 def spread(n: int, limit: int | None) -> list[int]:

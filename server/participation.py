@@ -46,12 +46,13 @@ def participants(config: RunConfig, scenario: Scenario, stage: int, round_: int,
     return draw(config, there, stage, round_)
 
 
-def visits(config: RunConfig, scenario: Scenario, stage: int) -> Iterator[Visit]:
-    """Every client-round of a stage in which the client has data."""
+def visits(config: RunConfig, scenario: Scenario, stage: int, pooled: bool = False) -> Iterator[Visit]:
+    """Every client-round of a stage in which the client has data; `pooled`: of all tasks at all times."""
+    everything = tuple(range(len(scenario.tasks)))
     for round_ in range(1, config.federation.rounds_per_stage + 1):
-        for position, client in enumerate(participants(config, scenario, stage, round_)):
-            tasks = scenario.tasks_of(stage, round_, position, client)
-            if scenario.share_size(tasks, client, stage, round_):
+        for position, client in enumerate(participants(config, scenario, stage, round_, pooled)):
+            tasks = everything if pooled else scenario.tasks_of(stage, round_, position, client)
+            if scenario.share_size(tasks, client, *((0, 0) if pooled else (stage, round_))):
                 yield Visit(stage, round_, position, client, tasks)
 
 

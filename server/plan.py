@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from fedstrata.core.adapters import Layout
 from fedstrata.core.config import RunConfig, to_dict
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server import launch
+from fedstrata.server.holdings import client_table, holdings
 from fedstrata.server.participation import visits
 from fedstrata.server.report import human_bytes
 from fedstrata.server.scoring import cut
@@ -36,7 +36,9 @@ def show(config: RunConfig, console: Console) -> None:
     try:
         text = yaml.safe_dump(to_dict(config), sort_keys=False)
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-        console.print(schedule(prepared.scenario, config))
+        scenario = prepared.scenario
+        plan = [visit for stage in range(1, len(scenario.stages) + 1) for visit in visits(config, scenario, stage)]
+        console.print(client_table(scenario.stage_names, holdings(scenario, plan)))
         size = launch.cohort_size(config, prepared.layout)
         told = prepared.description.dim
         bytes_ = predict(config, prepared.scenario, prepared.strategy(), prepared.layout, told)
@@ -48,43 +50,20 @@ def show(config: RunConfig, console: Console) -> None:
         prepared.close()
 
 
-def schedule(scenario: Scenario, config: RunConfig) -> Table:
-    """Stage × client: the client's task and samples; a client that no round of the stage draws shows a dot."""
-    table = Table("client", *scenario.stage_names, title="schedule: task(s) and samples of each drawn client")
-    rows: dict[int, list[str]] = {client: ["·"] * len(scenario.stages) for client in range(scenario.client_count)}
-    for stage in range(1, len(scenario.stages) + 1):
-        for client, tasks in _drawn(scenario, config, stage).items():
-            names = "+".join(scenario.tasks[task].name for task in sorted(tasks))
-            rows[client][stage - 1] = f"{names} {scenario.share_size(tasks, client)}"
-    for client, cells in rows.items():
-        table.add_row(str(client), *cells)
-    return table
-
-
-def _drawn(scenario: Scenario, config: RunConfig, stage: int) -> dict[int, set[int]]:
-    """{client: tasks it trains in some round of the stage}."""
-    found: dict[int, set[int]] = {}
-    for visit in visits(config, scenario, stage):
-        found.setdefault(visit.client, set()).update(visit.tasks)
-    return found
-
-
 def predict(config: RunConfig, scenario: Scenario, strategy: Strategy, layout: Layout, dim: int) -> Bytes:
     """What the run will move if every participant trains and answers; a client's token is asked for once per data.
 
     dim: length of an identity token.
     """
     numbers = range(1, len(scenario.stages) + 1)
-    stages = [list(visits(config, scenario, stage)) for stage in numbers]
-    if strategy.pooled:
-        tasks = tuple(range(len(scenario.tasks)))
-        stages = [[replace(visit, tasks=tasks) for visit in stage] for stage in stages]
+    stages = [list(visits(config, scenario, stage, strategy.pooled)) for stage in numbers]
     trains = sum(map(len, stages))
-    adapter = 4 * layout.size(strategy.adapter_rank)
+    adapter, tail = 4 * layout.lora.size(strategy.adapter_rank), 4 * layout.tail  # a shared tail travels once
     token = 4 * dim if strategy.needs_tokens else 0
     asked = {(v.client, scenario.data_key(v.tasks, v.client, v.stage, v.round)) for stage in stages for v in stage}
     known = len(strategy.knowledge().adapters)
     seen = [{task for stage in stages[:row] for visit in stage for task in visit.tasks} for row in (0, *numbers)]
     adapters = sum(known or len(tasks) for tasks in seen)
     shards = len(cut(scenario, config.evaluate.split, config.evaluate.shard))
-    return Bytes(trains * adapter + token * len(asked), trains * adapter, shards * adapters * (adapter + token))
+    scored = shards * (adapters * (adapter + token) + len(seen) * tail)
+    return Bytes(trains * (adapter + tail) + token * len(asked), trains * (adapter + tail), scored)

@@ -1,7 +1,5 @@
 """What a scenario is, before any model is loaded: who holds what when, how much it is, and what is wrong with it."""
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.rows import Rows, rows_of
 from fedstrata.scenarios.stream import Scenario, Task
+from fedstrata.server.holdings import Cell, holdings
 from fedstrata.server.participation import Visit, visits
 from fedstrata.server.plan import Bytes, predict
 from fedstrata.strategies import find
@@ -21,15 +20,6 @@ from fedstrata.strategies.base import Setup
 SAMPLED = 1000  # rows of a split whose tokens are counted, spread over it
 SHOWN = 12  # labels of a histogram
 PERCENTILES = (50, 90, 99, 100)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A client in a stage: its tasks, its samples, in how many rounds it is drawn."""
-
-    tasks: tuple[str, ...]
-    samples: int
-    drawn: int
 
 
 @dataclass(frozen=True)
@@ -112,7 +102,7 @@ def preview(config: RunConfig) -> tuple[Preview, Scenario]:
         seed=config.seed,
         stages=scenario.stage_names,
         tasks=tuple(_task(task, scenario, index, config) for index, task in enumerate(scenario.tasks)),
-        clients=_clients(scenario, plan),
+        clients=holdings(scenario, plan),
         schedule=tuple(plan),
         client_rounds=len(plan),
         steps=sum(_steps(scenario.share_size(v.tasks, v.client, v.stage, v.round), config) for v in plan),
@@ -158,29 +148,6 @@ def _tokens(rows: Rows, config: RunConfig) -> tuple[int, ...] | None:
 def _text(rows: Rows, row: int) -> str:
     example = rows[row]
     return " ".join((example.question, example.answer, *(text for turn in example.more for text in turn)))
-
-
-def _clients(scenario: Scenario, plan: Sequence[Visit]) -> tuple[tuple[Cell, ...], ...]:
-    """[client][stage]"""
-    drawn: Counter[tuple[int, int]] = Counter((visit.client, visit.stage) for visit in plan)
-    tasks: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}
-    for visit in plan:  # the last round of the stage in which it trains a task says how much it has of it
-        for task in visit.tasks:
-            tasks.setdefault((visit.client, visit.stage), {})[task] = (visit.stage, visit.round)
-    stages = range(1, len(scenario.stages) + 1)
-    return tuple(
-        tuple(_cell(scenario, client, stage, tasks.get((client, stage)), drawn[client, stage]) for stage in stages)
-        for client in range(scenario.client_count)
-    )
-
-
-def _cell(scenario: Scenario, client: int, stage: int, trained: dict[int, tuple[int, int]] | None, drawn: int) -> Cell:
-    """What a client trains in the stage; of one that is not drawn, what it holds in the stage's first round."""
-    if trained is None:
-        held = scenario.timeline.tasks(client, stage, 1) if scenario.assign is None else ()
-        trained = dict.fromkeys(held, (stage, 1))
-    samples = sum(scenario.share_size([task], client, *when) for task, when in trained.items())
-    return Cell(tuple(scenario.tasks[task].name for task in sorted(trained)), samples, drawn)
 
 
 def _steps(samples: int, config: RunConfig) -> int:

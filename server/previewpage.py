@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fedstrata.server.figures import COLOURED, INK, STYLE, svg
-from fedstrata.server.preview import Cell, Preview, TaskFacts
+from fedstrata.server.holdings import client_table
+from fedstrata.server.preview import Preview, TaskFacts
 from fedstrata.server.report import environment, human_bytes
 
-ROWS = 50  # clients that a terminal shows
 INKED = 60  # clients up to which the heat map writes numbers
 
 
@@ -24,7 +24,7 @@ def show(told: Preview, console: Console) -> None:
     console.print(f"{told.scenario}, seed {told.seed}: {sizes}", highlight=False, markup=False)
     for line in (note for task in told.tasks for note in task.found):
         console.print(f"found: {line}", highlight=False, markup=False)
-    for table in (task_table(told.tasks), client_table(told), schedule_table(told)):
+    for table in (task_table(told.tasks), client_table(told.stages, told.clients), schedule_table(told)):
         console.print(table)
     for line in summary(told):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -52,23 +52,6 @@ def task_table(tasks: Sequence[TaskFacts]) -> Table:
         sizes = (str(task.train), str(task.val), str(task.test))
         table.add_row(task.name, *sizes, " + ".join(task.metrics), str(task.answers), labels, tokens)
     return table
-
-
-def client_table(told: Preview) -> Table:
-    """Client × stage: task(s), samples, ×rounds in which it is drawn; in brackets what nobody asks for."""
-    table = Table("client", *told.stages, title="client × stage: tasks, samples, × rounds drawn; (…): not drawn")
-    for client, row in list(enumerate(told.clients))[:ROWS]:
-        table.add_row(str(client), *map(_cell, row))
-    if len(told.clients) > ROWS:
-        table.add_row(f"… {len(told.clients) - ROWS} more", *("" for _ in told.stages))
-    return table
-
-
-def _cell(cell: Cell) -> str:
-    if not cell.samples:
-        return "·"
-    text = f"{'+'.join(cell.tasks)} {cell.samples}"
-    return f"{text} ×{cell.drawn}" if cell.drawn else f"[dim]({text})[/dim]"
 
 
 def schedule_table(told: Preview) -> Table:

@@ -352,3 +352,9 @@ def test_fcits_files_say_what_a_file_of_ones_own_must(folder: Path) -> None:
         build(write(folder, {"fcit": {"setting": "task-hom"}, "partition": {"kind": "iid"}}), 50, 0)
     with pytest.raises(BadInput, match=r"fcit.setting: unknown 'task-hon'; did you mean 'task-hom'"):
         build(write(folder, {"fcit": {"setting": "task-hon"}}), 50, 0)
+
+
+@pytest.mark.parametrize("path", ["root", "tasks.mine.dataset"])
+def test_names_that_no_file_can_have_are_refused(folder: Path, path: str) -> None:
+    with pytest.raises(BadInput, match=r"mine\.yaml|dataset"):
+        build(write(folder, changed(path, "a" * 5000)), 4, 0)

@@ -102,6 +102,13 @@ def test_who_is_absent_has_no_tasks_no_rows_and_is_not_drawn(tmp_path: Path) -> 
     assert scenario.share_size((0, 1, 2), 1) == 7  # all that it ever has
 
 
+def test_who_has_nothing_to_train_is_not_drawn_unless_its_place_decides() -> None:
+    scenario = hand((([0, 1, 4], [2, 3]), ([1], []), ([0, 2], [])))
+    assert [scenario.present(stage, 1) for stage in (1, 2, 3)] == [[0, 1], [0], [0, 1]]
+    assign = (((0,),), ((1,), (2,)), ((0,), (1,), (2,)))
+    assert dataclasses.replace(scenario, assign=assign).present(2, 1) == [0, 1]
+
+
 def test_blurry_rows_are_those_of_the_share_at_their_time() -> None:
     shares = (([0, 1, 4], [2, 3]), ([0, 1, 2, 3], []), ([0, 2], [1]))
     scenario = hand(shares, ArrivalRule("blurry", early=0.5))

@@ -12,7 +12,7 @@ from fedstrata import scenarios
 from fedstrata.core.config import RunConfig
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server import configure, launch
-from fedstrata.server.participation import draw
+from fedstrata.server.participation import participants
 
 WORDS = ["federation.grid=inprocess", "train.local_epochs=1", "train.batch_size=8", "evaluate.split=val"]
 ROUNDS = 3
@@ -50,7 +50,7 @@ def config(folder: Path, kind: str, strategy: str) -> RunConfig:
 
 def expected(config: RunConfig, scenario: Scenario, stage: int, round_: int) -> list[tuple[int, list[str], int]]:
     """[(client, tasks, samples)] of a round, by client."""
-    drawn = draw(config, scenario.present(stage, round_), stage, round_)
+    drawn = participants(config, scenario, stage, round_)
     told = []
     for position, client in enumerate(drawn):
         tasks = scenario.tasks_of(stage, round_, position, client)

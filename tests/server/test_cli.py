@@ -183,7 +183,7 @@ def test_a_dry_run_prints_config_schedule_and_bytes_and_creates_nothing(
     said = fedstrata("run", *SMALL, f"run.dir={finished}", "--dry-run")  # the folder of the run it predicts
     assert said.code == 0, said.err
     assert list(tmp_path.iterdir()) == []
-    config = said.out[: said.out.index("schedule:")].rpartition("\n")[0]
+    config = said.out[: said.out.index("schedule: task")].rpartition("\n")[0]
     assert yaml.safe_load(config) == yaml.safe_load((finished / "config.yaml").read_text(encoding="utf-8"))
     for row in trained(finished):
         assert re.search(rf"│ {row['client']} .*{row['tasks'][0]} {row['samples']}\b", said.out)
@@ -447,7 +447,7 @@ def scenario(folder: Path, image: str = "a.png", train: str | None = None) -> Pa
     [
         ({"image": "../secret.png"}, ["train.json: record 1", "image", "../secret.png"]),
         ({"image": "/etc/hostname"}, ["train.json: record 1", "image", "/etc/hostname"]),
-        ({"image": "b.png"}, ["train.json: 8 images are missing", "'b.png' (record 1)"]),
+        ({"image": "b.png"}, ["10 images are missing", "'b.png' (train.json: record 1)"]),
         ({"train": '[{"id": "0", "image": "a.png", "conversa'}, ["train.json: record 1", "truncated"]),
         ({"train": ""}, ["train.json", "empty file"]),
     ],

@@ -16,7 +16,7 @@ from fedstrata.core.records import Assignment, Binding
 from fedstrata.scenarios.arrival import ArrivalRule, timeline
 from fedstrata.scenarios.dealing import Shares
 from fedstrata.scenarios.stream import Example, Scenario, Task
-from fedstrata.server.participation import Visit, draw, earlier, share_size, visits
+from fedstrata.server.participation import Visit, draw, earlier, participants, share_size, visits
 
 CONFIG = RunConfig(federation=FederationSection(clients=20, clients_per_round=5, rounds_per_stage=4))
 ALL = range(20)
@@ -116,23 +116,41 @@ def test_visits_are_the_draws_of_a_stage() -> None:
     assert [(v.round, v.client) for v in found] == [(r, c) for r in (1, 2, 3, 4) for c in draw(CONFIG, ALL, 2, r)]
 
 
-def test_who_is_absent_or_holds_nothing_visits_nobody_and_keeps_its_place(tmp_path: Path) -> None:
+@pytest.fixture
+def leaving(tmp_path: Path) -> Scenario:
+    """Client 0 goes after round 2, client 1 holds nothing of its task from round 5 on, client 3 nothing at all."""
     told = [{"client": client, "round": 1, "tasks": ["task-0"]} for client in range(4)]
     told += [{"client": 0, "round": 3, "tasks": []}, {"client": 1, "round": 5, "tasks": ["task-1"]}]
     (tmp_path / "trace.json").write_text(json.dumps(told))
-    shares = (
-        tuple(np.arange(3 * c, 3 * c + 3 if c < 3 else 9) for c in range(4)),
-        (np.arange(2),) + (np.arange(0),) * 3,
-    )
-    pool = dealt(shares, ((0,), (1,)), ArrivalRule("trace", file="trace.json"), tmp_path)
-    found = {stage: list(visits(CONFIG, pool, stage)) for stage in (1, 2)}
-    by_round = [{v.client for v in found[stage] if v.round == round_} for stage in (1, 2) for round_ in (1, 2, 3, 4)]
-    assert (
-        by_round == [{0, 1, 2}] * 2 + [{1, 2}] * 2 + [{2}] * 4
-    )  # client 3 holds no row, client 1 none of its new task
-    assert {v.tasks for v in found[2]} == {(0,)}
-    assert any(v.position for v in found[2])
-    assert earlier(CONFIG, pool, 1, 4) == {0: 2, 1: 3, 2: 3, 3: 3}
+    none = np.arange(0)
+    shares = (np.arange(3), np.arange(3, 6), np.arange(6, 9), none), (np.arange(2), none, none, none)
+    return dealt(shares, ((0,), (1,)), ArrivalRule("trace", file="trace.json"), tmp_path)
+
+
+def test_who_is_absent_or_has_nothing_to_train_visits_nobody(leaving: Scenario) -> None:
+    found = [visit for stage in (1, 2) for visit in visits(CONFIG, leaving, stage)]
+    times = [(stage, round_) for stage in (1, 2) for round_ in (1, 2, 3, 4)]
+    by_round = [{v.client for v in found if (v.stage, v.round) == at} for at in times]
+    assert by_round == [{0, 1, 2}] * 2 + [{1, 2}] * 2 + [{2}] * 4
+    assert {v.tasks for v in found} == {(0,)}
+
+
+def test_a_method_that_pools_all_tasks_draws_from_all_clients_at_all_times(leaving: Scenario) -> None:
+    for stage, round_ in ((1, 1), (1, 4), (2, 1)):
+        assert sorted(participants(CONFIG, leaving, stage, round_, pooled=True)) == [0, 1, 2, 3]
+    assert sorted(participants(CONFIG, leaving, 1, 4)) == [1, 2]
+    assert earlier(CONFIG, leaving, 1, 4) == dict.fromkeys(range(4), 3)
+
+
+def test_a_participant_whose_place_gives_it_nothing_leaves_the_other_places_as_they_are() -> None:
+    none = np.arange(0)
+    hands = ((np.arange(3), none, none), (np.arange(3), np.arange(3, 5), np.arange(5, 6)))
+    pool = replace(dealt(hands, ((0, 1),)), assign=(((0,), (1,)),))
+    found = list(visits(CONFIG, pool, 1))
+    for round_ in (1, 2, 3, 4):
+        drawn = draw(CONFIG, range(3), 1, round_)
+        places = [(place, client) for place, client in enumerate(drawn) if place == 1 or client == 0]
+        assert [(v.position, v.client) for v in found if v.round == round_] == places
 
 
 @pytest.mark.parametrize(
