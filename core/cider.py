@@ -1,24 +1,27 @@
 """CIDEr-D: Vedantam, Zitnick and Parikh, "CIDEr: Consensus-based Image Description Evaluation", CVPR 2015.
 
-Captions are vectors of tf·idf over their n-grams. idf counts pictures over *all* references of a split, which the
-libraries take from whatever they are asked to score: a shard would get its own idf. Hence these few lines.
+The arithmetic is aac-metrics'. Its public function takes the document frequencies from whatever it is asked to score,
+but a shard needs those of the whole split: so the steps behind that function are called one by one, here only, and the
+version is pinned.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
 
 ORDERS = 4
-SIGMA = 6.0
+SIGMA, SCALE = 6.0, 10.0
+STEPS = ("__cook_sentence", "__compute_doc_freq", "__compute_cider")
 Tokens = Sequence[str]
 Gram = tuple[str, ...]
-Vector = Mapping[Gram, float]
 
 
 @dataclass(frozen=True, eq=False)
 class Frequencies:
-    """In the references of how many of the `pictures` each n-gram occurs."""
+    """In the references of how many of the `pictures` each n-gram, n = 1 … 4, occurs."""
 
     pictures: int
     counts: Mapping[Gram, int]
@@ -26,25 +29,8 @@ class Frequencies:
     @classmethod
     def of(cls, corpus: Sequence[Sequence[Tokens]]) -> "Frequencies":
         """Of all pictures' references."""
-        counts: Counter[Gram] = Counter()
-        for references in corpus:
-            counts.update(
-                {gram for reference in references for n in range(1, ORDERS + 1) for gram in grams(reference, n)}
-            )
-        return cls(len(corpus), counts)
-
-    def vectors(self, tokens: Tokens) -> list[Vector]:
-        """For n = 1 … 4: n-gram → occurrences · idf."""
-        counts = [Counter(grams(tokens, n)) for n in range(1, ORDERS + 1)]
-        return [{gram: times * self.idf(gram) for gram, times in count.items()} for count in counts]
-
-    def idf(self, gram: Gram) -> float:
-        """log(pictures / pictures that have it); an n-gram of no reference counts as in one picture."""
-        return math.log(self.pictures / max(1, self.counts.get(gram, 0)))
-
-
-def grams(tokens: Tokens, n: int) -> Iterable[Gram]:
-    return (tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1))
+        cook, count, _ = _library()
+        return cls(len(corpus), count([[cook(list(tokens), ORDERS, list) for tokens in refs] for refs in corpus]))
 
 
 def score(caption: Tokens, references: Sequence[Tokens], frequencies: Frequencies) -> float:
@@ -53,22 +39,15 @@ def score(caption: Tokens, references: Sequence[Tokens], frequencies: Frequencie
     A similarity is min(c, r)·r / (|c| |r|), which stops a caption from gaining by repeating words, damped by
     exp(−(difference in length)² / 2σ²) with σ = 6. With a single picture every idf, and so every score, is 0.
     """
-    mine, similarities = frequencies.vectors(caption), []
-    for reference in references:
-        damping = math.exp(-((len(caption) - len(reference)) ** 2) / (2 * SIGMA**2))
-        pairs = zip(mine, frequencies.vectors(reference), strict=True)
-        similarities += [damping * similarity(*pair) for pair in pairs]
-    return 10 * math.fsum(similarities) / len(similarities)
+    cook, _, compute = _library()
+    cooked = [cook(list(tokens), ORDERS, list) for tokens in (caption, *references)]
+    log_pictures = math.log(frequencies.pictures)
+    scores, _ = compute(cooked[:1], [cooked[1:]], frequencies.counts, log_pictures, ORDERS, SIGMA, scale=SCALE)
+    return float(scores[0])
 
 
-def similarity(caption: Vector, reference: Vector) -> float:
-    """The clipped cosine of two vectors; 0 when one of them is 0."""
-    common = math.fsum(
-        min(weight, reference.get(gram, 0.0)) * reference.get(gram, 0.0) for gram, weight in caption.items()
-    )
-    norms = _norm(caption) * _norm(reference)
-    return common / norms if norms else 0.0
-
-
-def _norm(vector: Vector) -> float:
-    return math.sqrt(math.fsum(weight**2 for weight in vector.values()))
+@lru_cache(maxsize=1)
+def _library() -> tuple[Any, ...]:
+    """aac-metrics' steps: tokens → counts of n-grams; references → document frequencies; all of it → scores."""
+    module = import_module("aac_metrics.functional.cider_d")
+    return tuple(vars(module)[name] for name in STEPS)

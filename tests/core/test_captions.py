@@ -1,13 +1,14 @@
 """Metrics of captions, against values worked out by hand."""
 
+import importlib
 import subprocess
 import sys
+from importlib.metadata import version
 from math import exp, sqrt
 
 import numpy as np
 import pytest
 
-from fedstrata.core import cider
 from fedstrata.core.captions import bleu_counts, cider_d, frequencies, meteor, rouge_l, tokens
 from fedstrata.core.scoring import SCORERS
 
@@ -117,9 +118,7 @@ def test_cider_does_not_reward_repeating_a_word() -> None:
 
 def test_cider_counts_pictures_and_not_captions() -> None:
     context = frequencies([("a dog", "a dog dog"), ("a cat",), ("a bird",)])
-    assert context.idf(("dog",)) == pytest.approx(np.log(3))
-    assert context.idf(("a",)) == 0.0
-    assert context.idf(("fish",)) == context.idf(("dog",))  # in no reference
+    assert (context.pictures, context.counts[("dog",)], context.counts[("a",)]) == (3, 1, 3)
     assert cider_d("a", ("a dog",), context) == 0.0
 
 
@@ -163,11 +162,24 @@ def test_captions_without_a_word_have_0(metric: str, text: str) -> None:
     assert value(metric, (DOG[0], (text,)), corpus=(DOG, CAT)) == 0.0
 
 
-def test_the_similarity_with_nothing_is_0() -> None:
-    assert cider.similarity({}, {("a",): 1.0}) == cider.similarity({("a",): 0.0}, {("a",): 0.0}) == 0.0
+def test_cider_of_captions_that_share_nothing_is_0() -> None:
+    context = frequencies([DOG, CAT])
+    assert cider_d("blue", DOG, context) == cider_d("", DOG, context) == 0.0
 
 
 def test_the_libraries_wait_for_the_first_caption() -> None:
     code = "import sys, fedstrata.core.scoring; print({'nltk', 'sacrebleu', 'rouge_score'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_cider_is_aac_metrics_own_and_its_version_is_the_pinned_one() -> None:
+    library = importlib.import_module("aac_metrics.functional.cider_d")
+    assert version("aac-metrics") == "0.5.4"  # core/cider.py calls its inner steps
+    texts = ["a red cat sits on a mat", "two dogs run", "a man rides a red bike up a hill", "dogs sit on a hill"]
+    references = [[text, f"{text} today", "a red thing"] for text in texts]
+    said = ["a red cat on a mat", "dogs run run run", "a bike", "a cat"]
+    _, whole = library.cider_d(said, references)
+    context = frequencies([tuple(refs) for refs in references])
+    ours = [cider_d(text, tuple(refs), context) for text, refs in zip(said, references, strict=True)]
+    assert ours == pytest.approx(whole["cider_d"].tolist(), rel=1e-12)
