@@ -74,7 +74,7 @@ class FederationSection:
     ray_address: str = ""  # an existing Ray cluster; empty: start one on this machine
     min_replies: int = 1  # fewer good replies than this and the round is skipped
     max_failures: int | None = None  # more failed or rejected replies in one round end the run; null: none do
-    clip: str = "off"  # off | median (norm clipping of updates; comes with the durability work)
+    clip: str = "off"  # off | median: no update moves further than the median of its round
     timeout: float = 3600.0  # seconds the server waits for the replies of one exchange
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class FederationSection:
         require(
             self.max_failures is None or self.max_failures >= 0, key + "max_failures", "at least 0", self.max_failures
         )
-        require(self.clip == "off", key + "clip", "off", self.clip)
+        require(self.clip in ("off", "median"), key + "clip", "off or median", self.clip)
         require(self.timeout > 0, key + "timeout", "above 0 (seconds)", self.timeout)
 
 
@@ -303,11 +303,16 @@ def from_dict(tree: Mapping[str, Any], strategy_type: type[StrategyConfig] = Str
 
 
 def _plain(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """cohort_size may be written as a number."""
+    """cohort_size may be written as a number; clip=off is the word, which YAML reads as false."""
     tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in layer.items()}
-    size = tree.get("federation", {}).get("cohort_size") if isinstance(tree.get("federation"), dict) else None
+    federation = tree.get("federation")
+    if not isinstance(federation, dict):
+        return tree
+    size = federation.get("cohort_size")
     if isinstance(size, int) and not isinstance(size, bool):
-        tree["federation"]["cohort_size"] = str(size)
+        federation["cohort_size"] = str(size)
+    if federation.get("clip") is False:
+        federation["clip"] = "off"
     return tree
 
 

@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
+
 from fedstrata.core.identity import Token, cosine
 from fedstrata.core.records import TrainReply
 from fedstrata.core.tracking import Tracker
 from fedstrata.scenarios.stream import Scenario
+from fedstrata.server.checks import Refused
 from fedstrata.server.display import Display
 from fedstrata.server.exchange import Ledger, Seat
 from fedstrata.server.progress import Progress
@@ -45,7 +48,10 @@ class Chronicle:
         total = sum(row["samples"] for row in rows)
         loss = sum(row["loss"] * row["samples"] for row in rows) / total if total else None
         for bad in ledger.rejected:
-            self.tracker.event("rejected", stage=stage, round=round_, client=bad.partition, reason=bad.reason)
+            told = {"client": bad.partition, "kind": bad.kind, "reason": bad.reason}
+            self.tracker.event("rejected", stage=stage, round=round_, **told)
+        for kind in ledger.strays:
+            self.tracker.event("stray", stage=stage, round=round_, kind=kind)
         self.tracker.event(
             "round",
             stage=stage,
@@ -60,6 +66,24 @@ class Chronicle:
             skipped=skipped,
         )
         self.display.round(stage, round_, [row["client"] for row in rows], loss, len(ledger.rejected), skipped)
+
+    def quarantined(self, stage: int, round_: int, clients: Mapping[int, int]) -> None:
+        """`clients`: {client that is not drawn for a while: the last such round, counted through the run}."""
+        for client, last in clients.items():
+            self.tracker.event("quarantined", stage=stage, round=round_, client=client, until=last)
+
+    def refused_scores(self, stage: int, refused: Mapping[int, Refused]) -> None:
+        """`refused`: {number of the shard: what was wrong with its score}."""
+        for shard, error in refused.items():
+            self.tracker.event("score_refused", stage=stage, shard=shard, kind=error.kind, reason=str(error))
+
+    def resumed(self, commit: int, stage: int, round_: int, damaged: Sequence[str]) -> None:
+        """The run goes on from a commit: what was told of this round and of later ones is told again."""
+        for reason in damaged:
+            self.tracker.event("commit_damaged", reason=reason, used=commit)
+            warning = f"[bold red]warning:[/bold red] a damaged commit was passed over: {escape(reason)}"
+            self.display.console.print(warning, highlight=False, soft_wrap=True)
+        self.tracker.event("resumed", commit=commit, stage=stage, round=round_)
 
     def _row(self, seat: Seat, reply: TrainReply, token: Token | None) -> dict[str, Any]:
         subspace = self.strategy.placement().get(seat.partition, 0)

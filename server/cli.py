@@ -66,11 +66,20 @@ def preview(
 
 
 @cli.command()
-def resume(run_dir: RunDir, json_: Json = None) -> None:
+def resume(
+    run_dir: RunDir,
+    words: Annotated[
+        list[str] | None, typer.Argument(help="key=value words that change how fast it runs (federation.actors=…).")
+    ] = None,
+    from_stage: Annotated[
+        int | None, typer.Option(min=1, help="Go back to the start of this stage; what came later is dropped.")
+    ] = None,
+    json_: Json = None,
+) -> None:
     """Go on with a run that was stopped, from its last committed round."""
     from fedstrata.server import launch
 
-    _show(launch.resume(run_dir, console), json_)
+    _show(launch.resume(run_dir, console, words=words or (), from_stage=from_stage), json_)
 
 
 def _show(folder: Path, json_: Path | None) -> None:

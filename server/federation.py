@@ -8,10 +8,10 @@ function of (seed, stage, round, state); every round ends in one commit.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -19,20 +19,18 @@ from flwr.serverapp import Grid
 from fedstrata.core import records
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import FedstrataError
-from fedstrata.core.identity import Token
 from fedstrata.core.records import Assignment, Binding, TrainReply
 from fedstrata.scenarios.stream import Scenario
-from fedstrata.server import checkpoint
+from fedstrata.server import checkpoint, clipping, durable, memory
 from fedstrata.server.chronicle import Chronicle, Done
-from fedstrata.server.exchange import Ledger, Seat, exchange, questions
-from fedstrata.server.gate import Expected, read_token, read_train
+from fedstrata.server.exchange import Exchange, Ledger, Question, Seat, questions
+from fedstrata.server.gate import read_token, read_train
 from fedstrata.server.grids import ParticipantsGrid
 from fedstrata.server.participation import earlier, participants, share_size
 from fedstrata.server.progress import Progress
+from fedstrata.server.replies import Replies
 from fedstrata.server.scoring import score_row
 from fedstrata.strategies.base import Participant, Strategy
-
-T = TypeVar("T")
 
 
 class Federation:
@@ -51,13 +49,17 @@ class Federation:
         chronicle: Chronicle,
         progress: Progress,
         dim: int,
+        bound: Mapping[str, Any],
     ) -> None:
-        """roster: partition → node; dim: length of an identity token."""
+        """roster: partition → node; dim: length of an identity token; bound: what its commits belong to."""
         self.config, self.config_json, self.run_id = config, config_json, run_id
         self.scenario, self.strategy, self.grid, self.roster = scenario, strategy, grid, roster
         self.folder, self.chronicle, self.progress, self.dim = folder, chronicle, progress, dim
         self.rounds = config.federation.rounds_per_stage
-        self._tokens: dict[tuple[int, str], Token] = {}  # (client, hash of its data) → token, asked for once
+        self.bound = dict(bound)
+        self.replies = Replies(folder / "checkpoints")
+        self.exchange = Exchange(grid, config.federation.timeout, self.replies)
+        self.tokens: memory.Tokens = {}  # (client, hash of its data) → token, asked for once
 
     def run(self) -> Progress:
         """Runs what is left of the scenario."""
@@ -96,7 +98,9 @@ class Federation:
 
     def _sample(self, stage: int, round_: int) -> list[Seat]:
         """This round's participants, drawn from (seed, stage, round); a client without data has no seat."""
-        drawn = participants(self.config, self.scenario, stage, round_, self.strategy.pooled)
+        number = self._number(stage, round_)
+        away = {client for client, until in self.progress.quarantine.items() if until >= number}
+        drawn = participants(self.config, self.scenario, stage, round_, self.strategy.pooled, away)
         seats = [self._seat(stage, round_, position, client) for position, client in enumerate(drawn)]
         return [seat for seat in seats if seat.samples > 0]
 
@@ -115,12 +119,12 @@ class Federation:
     def _identify(self, seats: Sequence[Seat], ledger: Ledger) -> list[Participant]:
         """Participants with what the method asks for; tokens are cached until a client's data change."""
         if self.strategy.needs_tokens:
-            asked = [seat for seat in seats if self._data(seat) not in self._tokens]
+            asked = [seat for seat in seats if self._data(seat) not in self.tokens]
             by_partition = {seat.partition: seat for seat in asked}
             sent = questions(asked, records.IDENTIFY)
-            for message, token in self._exchange(asked, sent, self.dim, read_token, ledger):
-                self._tokens[self._data(by_partition[records.binding(message).partition])] = token
-            known = [(seat, self._tokens.get(self._data(seat))) for seat in seats]
+            for message, token in self.exchange.ask(Question(read_token, self.dim), asked, sent, ledger):
+                self.tokens[self._data(by_partition[records.binding(message).partition])] = token
+            known = [(seat, self.tokens.get(self._data(seat))) for seat in seats]
             return [Participant(s.node, s.partition, token) for s, token in known if token is not None]
         told = self.strategy.uses_task_identity
         return [Participant(s.node, s.partition, None, s.assignment.tasks if told else None) for s in seats]
@@ -133,19 +137,13 @@ class Federation:
     def _train(
         self, seats: Sequence[Seat], messages: Sequence[Message], ledger: Ledger
     ) -> list[tuple[Message, TrainReply]]:
+        """The good replies, clipped if that is asked for; the norms of their updates go into the ledger."""
         size = self.strategy.setup.layout.size(self.strategy.adapter_rank)
-        return self._exchange(seats, messages, size, read_train, ledger)
-
-    def _exchange(
-        self,
-        seats: Sequence[Seat],
-        messages: Sequence[Message],
-        size: int,
-        read: Callable[[Message, Expected], T],
-        ledger: Ledger,
-    ) -> list[tuple[Message, T]]:
-        timeout = self.config.federation.timeout
-        return exchange(self.grid, seats, messages, size, read, ledger, timeout) if messages else []
+        limits = {client: self.progress.limit(subspace) for client, subspace in self.strategy.placement().items()}
+        good = self.exchange.ask(Question(read_train, size, limits), seats, messages, ledger)
+        sent = clipping.starts(seats, messages)
+        ledger.accepted, ledger.norms = {reply.binding.partition for _, reply in good}, clipping.norms(good, sent)
+        return clipping.clip(good, sent, ledger.norms) if self.config.federation.clip == "median" else good
 
     def _data(self, seat: Seat) -> tuple[int, str]:
         at = seat.assignment.binding
@@ -164,9 +162,12 @@ class Federation:
 
     def _book(self, stage: int, round_: int, done: Done, ledger: Ledger, skipped: bool, seconds: float) -> None:
         """Moves the progress past this round."""
-        progress = self.progress
+        placement, good = self.strategy.placement(), {seat.partition for seat, _ in done}
+        progress = self._judge(stage, round_, ledger)
+        norms = {client: norm for client, norm in ledger.norms.items() if client in good}
+        progress = progress.count_norms((placement.get(client, 0), norm) for client, norm in norms.items())
         for seat, _ in done:
-            progress = progress.count_trained(self._counts(seat), self.strategy.placement().get(seat.partition, 0))
+            progress = progress.count_trained(self._counts(seat), placement.get(seat.partition, 0))
         self.progress = replace(
             progress,
             stage=stage,
@@ -177,6 +178,14 @@ class Federation:
             train_seconds=progress.train_seconds + sum(reply.seconds for _, reply in done),
             wall_seconds=progress.wall_seconds + seconds,
         )
+
+    def _judge(self, stage: int, round_: int, ledger: Ledger) -> Progress:
+        """Counts what was refused; who is refused round after round is not drawn for a while."""
+        bad = {rejected.partition for rejected in ledger.rejected}
+        judged = self.progress.judge(self._number(stage, round_), ledger.accepted - bad, bad)
+        new = {c: last for c, last in judged.quarantine.items() if last != self.progress.quarantine.get(c)}
+        self.chronicle.quarantined(stage, round_, new)
+        return judged.count_rejected([*(rejected.kind for rejected in ledger.rejected), *ledger.strays])
 
     def _counts(self, seat: Seat) -> dict[int, int]:
         """{task: instructions} of a seat's share; a draw from pooled data is counted by the pool's proportions."""
@@ -195,7 +204,13 @@ class Federation:
 
     def _commit(self, keep: bool = False) -> None:
         self.progress = replace(self.progress, commits=self.progress.commits + 1)
-        commit = checkpoint.Commit(self.strategy.save(), self.progress.to_json(), self.progress.commits)
+        at, kept = self.progress.to_json(), memory.pack(self.tokens, self.strategy)
+        commit = checkpoint.Commit(self.strategy.save(), at, self.progress.commits, kept, self.bound)
         checkpoint.write(self.folder / "checkpoints", commit, keep)
+        self.replies.clear()
+        self.write_matrix()
+
+    def write_matrix(self) -> None:
+        """matrix.json as of the last commit."""
         matrix = json.dumps(self.progress.matrix.to_json(), indent=1).encode()
-        checkpoint.write_atomic(self.folder / "matrix.json", matrix)
+        durable.write_atomic(self.folder / "matrix.json", matrix)

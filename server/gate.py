@@ -1,28 +1,38 @@
-"""The reply gate: every reply of both exchanges passes it before any arithmetic. A bad reply costs that client that
-round and is logged with the reason; it never costs the run.
+"""The reply gate: every reply passes it before any arithmetic. A bad reply costs that client that round and is logged
+with the reason; it never costs the run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
-from flwr.app import Array, Message
+import numpy.typing as npt
+from flwr.app import Message
 
 from fedstrata.core import records
 from fedstrata.core.identity import Token
 from fedstrata.core.records import Binding, TrainReply
+from fedstrata.server import checks
+from fedstrata.server.checks import Kind, Refused
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a reply must look like: its binding, the adapter's length, and the client's known sample count."""
+    """What a reply must look like: its binding, the adapter's length, and the client's known sample count.
+
+    Attributes:
+        start: the adapter that was sent, where there was one.
+        limit: the largest norm that the difference to `start` may have.
+    """
 
     binding: Binding
     size: int
     samples: int
+    start: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    limit: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Rejected:
 
     partition: int
     reason: str
+    kind: Kind
 
 
 def pass_replies(
@@ -44,80 +55,92 @@ def pass_replies(
     Replies are matched to what was sent by `reply_to_message_id` (a dead node's error comes from the SuperLink, so
     its source says nothing); `expected` is keyed by destination node.
     """
-    by_request: dict[str, Message] = {}
-    for reply in replies:
-        by_request.setdefault(reply.metadata.reply_to_message_id, reply)  # of duplicates the first one counts
+    by_request = first(replies)
     good, bad = [], []
     for request in sent:
         want = expected[request.metadata.dst_node_id]
         try:
-            reply = by_request[request.metadata.message_id]
-            good.append((want.binding.partition, reply, _read(reply, want, read)))
-        except KeyError as error:
-            missing = request.metadata.message_id not in by_request
-            bad.append(
-                Rejected(want.binding.partition, "no reply in time" if missing else f"record {error} is missing")
-            )
-        except Exception as error:  # decoding what a stranger sent may end in any type: EOFError, BadZipFile, …
-            bad.append(Rejected(want.binding.partition, str(error) or type(error).__name__))
+            reply = by_request.get(request.metadata.message_id)
+            good.append((want.binding.partition, reply, admit(reply, want, read)))
+        except Refused as error:
+            bad.append(Rejected(want.binding.partition, str(error), error.kind))
     good.sort(key=lambda item: item[0])
-    return [(reply, value) for _, reply, value in good], bad
+    return [(reply, value) for _, reply, value in good if reply is not None], bad
 
 
-def _read(reply: Message, want: Expected, read: Callable[[Message, Expected], T]) -> T:
+def first(replies: Sequence[Message]) -> dict[str, Message]:
+    """Request id → reply; of duplicates the first one counts."""
+    by_request: dict[str, Message] = {}
+    for reply in replies:
+        by_request.setdefault(reply.metadata.reply_to_message_id, reply)
+    return by_request
+
+
+def strays(sent: Sequence[Message], replies: Sequence[Message]) -> list[Kind]:
+    """What came without being asked for: second answers, and answers to an exchange that is over."""
+    asked, came = {request.metadata.message_id for request in sent}, set()
+    found = []
+    for reply in replies:
+        name = reply.metadata.reply_to_message_id
+        if name not in asked or name in came:
+            found.append(Kind.DUPLICATE if name in came else Kind.LATE)
+        came.add(name)
+    return found
+
+
+def admit(reply: Message | None, want: Expected, read: Callable[[Message, Expected], T]) -> T:
+    """The reply's value. Raises `Refused`, whatever is wrong with it."""
+    if reply is None:
+        raise Refused(Kind.LATE, "no reply in time")
     if reply.has_error():
-        raise ValueError(f"the client failed: {reply.error.reason}")
-    came = records.binding(reply)
-    if came != want.binding:
-        raise ValueError(f"binding: expected {want.binding}, got {came}")
-    return read(reply, want)
+        raise Refused(Kind.FAILED, f"the client failed: {reply.error.reason}")
+    try:
+        came = records.binding(reply)
+        checks.check(came == want.binding, Kind.BINDING, f"binding: expected {want.binding}, got {came}")
+        return read(reply, want)
+    except Refused:
+        raise
+    except KeyError as error:
+        raise Refused(Kind.SCHEMA, f"record {error} is missing") from error
+    except Exception as error:  # decoding what a stranger sent may end in any type: EOFError, BadZipFile, …
+        raise Refused(Kind.UNREADABLE, str(error) or type(error).__name__) from error
 
 
 def read_train(message: Message, want: Expected) -> TrainReply:
     """A train reply whose adapter is float32, of the expected length and finite, and whose count is the known one."""
-    _declared(message.content.array_records[records.ARRAYS][records.FLAT], want.size)
+    checks.declared(message.content.array_records[records.ARRAYS][records.FLAT], want.size)
     reply = records.read_train_reply(message)
     _alone(message)
-    _decoded(reply.flat, want.size)
-    _counted(reply.count, want.samples)
-    if not np.isfinite(reply.loss):
-        raise ValueError(f"loss: must be finite, got {reply.loss}")
+    checks.decoded(reply.flat, want.size)
+    checks.counted(reply.count, want.samples)
+    for name in ("loss", "seconds"):
+        checks.finite(name, getattr(reply, name))
+    checks.between("steps", reply.steps, 0, float("inf"))
+    checks.between("seconds", reply.seconds, 0, float("inf"))
+    _near(reply, want)
     return reply
 
 
 def read_token(message: Message, want: Expected) -> Token:
     """A token reply: float32, of the encoder's length, finite, from the known number of instructions."""
-    _declared(message.content.array_records[records.ARRAYS][records.TOKEN], want.size)
+    checks.declared(message.content.array_records[records.ARRAYS][records.TOKEN], want.size)
     token = records.read_token(message)
-    _decoded(token.value, want.size)
-    _counted(token.count, want.samples)
+    checks.decoded(token.value, want.size)
+    checks.counted(token.count, want.samples)
     return token
-
-
-def _declared(array: Array, size: int) -> None:
-    """Checked on the declaration, before anything is decoded: a header may claim gigabytes."""
-    if array.dtype != "float32" or tuple(array.shape) != (size,) or len(array.data) > 4 * size + 1024:
-        came = f"{array.dtype} {tuple(array.shape)} in {len(array.data)} bytes"
-        raise ValueError(f"array: must be float32 ({size},), got {came}")
 
 
 def _alone(message: Message) -> None:
     """Flower's own strategies average all that they find and end the run where replies differ in their keys."""
     content = message.content
     came = {name: sorted(content[name]) for name in (*content.array_records, *content.metric_records)}
-    want = {records.ARRAYS: [records.FLAT], records.METRICS: sorted(records.TRAIN_METRICS)}
-    if came != want:
-        raise ValueError(f"records: must be {want}, got {came}")
+    checks.keys(came, {records.ARRAYS: [records.FLAT], records.METRICS: sorted(records.TRAIN_METRICS)})
 
 
-def _decoded(values: np.ndarray, size: int) -> None:
-    """The bytes carry a header of their own, which need not be what was declared."""
-    if values.dtype != np.float32 or values.shape != (size,):
-        raise ValueError(f"array: must be float32 ({size},), got {values.dtype} {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError("array: must be finite, got NaN or infinity")
-
-
-def _counted(count: int, samples: int) -> None:
-    if count != samples:
-        raise ValueError(f"num-examples: must be {samples}, the client's known share, got {count}")
+def _near(reply: TrainReply, want: Expected) -> None:
+    """An update far larger than those that the subspace has seen would be the aggregate."""
+    if want.start is None or want.start.shape != reply.flat.shape or want.limit == float("inf"):
+        return
+    norm = checks.distance(reply.flat, want.start)
+    rule = f"at most {want.limit:.4g}, 10 × the subspace's median"
+    checks.check(norm <= want.limit, Kind.NORM, f"norm of the update: must be {rule}, got {norm:.4g}")

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from fedstrata.core.metrics import AccuracyMatrix
 from fedstrata.core.records import Description
 from fedstrata.core.tracking import open_tracker, plain
 from fedstrata.scenarios.stream import Scenario
-from fedstrata.server import checkpoint
+from fedstrata.server import durable, memory, resuming
+from fedstrata.server.arrivals import ArrivingRayGrid
+from fedstrata.server.checkpoint import Found
 from fedstrata.server.chronicle import Chronicle
 from fedstrata.server.display import Display
 from fedstrata.server.exchange import describe, find_roster
@@ -31,8 +34,8 @@ from fedstrata.server.grids import InProcessGrid, LocalGrid
 from fedstrata.server.progress import Progress
 from fedstrata.server.raygrid import RayGrid
 from fedstrata.server.report import write_report
-from fedstrata.server.results import config_hash
-from fedstrata.server.runfolder import RunFolder
+from fedstrata.server.results import config_hash, settings
+from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder, locked, unused
 from fedstrata.server.summary import summarise
 from fedstrata.strategies import find
 from fedstrata.strategies.base import Setup, Strategy
@@ -75,6 +78,11 @@ class Prepared:
         told = setup(self.config, self.description, self.scenario.units)
         return find(self.config.strategy.name)(self.config.strategy, told)
 
+    def bound(self) -> dict[str, Any]:
+        """What commits of this run belong to; a resume of anything else is refused."""
+        told = settings(configuration.to_dict(self.config))
+        return {"settings": told, "base": self.description.base_hash, "scenario": self.scenario.hash}
+
     def close(self) -> None:
         """Ends the grid, if it was started here."""
         if self.owned and isinstance(self.grid, LocalGrid):
@@ -104,30 +112,62 @@ def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
     _hello(config, folder, console)
     prepared = prepare(config, grid)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(configuration.to_dict(config), sort_keys=False)
-        checkpoint.write_atomic(folder / "config.yaml", text.encode())
-        return _run(prepared, folder, console)
+        with storage(folder), locked(folder):
+            if (folder / CONFIG).exists():
+                raise _taken(folder)
+            text = yaml.safe_dump(configuration.to_dict(config), sort_keys=False)
+            durable.write_atomic(folder / CONFIG, text.encode())
+            return _run(prepared, folder, console)
     finally:
         prepared.close()
 
 
-def resume(folder: Path, console: Console, grid: Grid | None = None) -> Path:
+def resume(
+    folder: Path,
+    console: Console,
+    grid: Grid | None = None,
+    words: Sequence[str] = (),
+    from_stage: int | None = None,
+) -> Path:
     """Goes on from a run's newest commit, or from its start when it has none; ends where `run` would have ended.
 
+    words: key=value words that change how fast the run is; from_stage: goes back to the start of this stage.
+
     Raises:
-        BadInput: no run folder, or a run that is completed.
+        BadInput: no run folder, one that another process writes, a run that is completed, words that would change the
+            result, a config, base or scenario other than the commit's, or damaged commits.
     """
     found = RunFolder(folder)
-    if found.has("summary.json") and found.summary.get("status") == "completed":
-        raise BadInput(f"{folder}: is completed, there is nothing to resume")
-    config = configuration.from_dict(found.config, _strategy_type(found.config))
-    _hello(config, folder, console)
-    prepared = prepare(config, grid)
+    config = resuming.read_config(found, words)
+    with storage(folder), locked(folder):
+        start = resuming.starting_point(found, from_stage)
+        _hello(config, folder, console)
+        prepared = prepare(config, grid)
+        try:
+            return _run(prepared, folder, console, start)
+        finally:
+            prepared.close()
+
+
+@contextmanager
+def storage(folder: Path) -> Iterator[None]:
+    """A disk that is full or refuses to be written is no bug: one clear line. Raises `Interrupted` if a run began."""
     try:
-        return _run(prepared, folder, console, checkpoint.newest(folder / "checkpoints"))
-    finally:
-        prepared.close()
+        yield
+    except OSError as error:
+        if error.errno not in durable.STORAGE or not _about(error, folder):
+            raise
+        what = f"{error.filename or folder}: cannot be written: {error.strerror}"
+        if not (folder / CONFIG).exists():
+            raise FedstrataError(f"{what}; the run has not begun") from error
+        way = f"fedstrata resume {folder}"
+        raise Interrupted(f"{what}; the last commit stands; when that is mended: {way}") from error
+
+
+def _about(error: OSError, folder: Path) -> bool:
+    """Whether it is the run folder that refuses; a write that fails names no file."""
+    name = Path(str(error.filename or folder))
+    return name.is_relative_to(folder) or folder.is_relative_to(name)
 
 
 def _hello(config: RunConfig, folder: Path, console: Console) -> None:
@@ -136,18 +176,42 @@ def _hello(config: RunConfig, folder: Path, console: Console) -> None:
     console.print(f"{what} → {folder}: starting clients …", highlight=False, markup=False, soft_wrap=True)
 
 
-def _strategy_type(tree: Mapping[str, Any]) -> type[configuration.StrategyConfig]:
-    return find(str(tree["strategy"]["name"])).config_type
+def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None = None) -> Path:
+    """The federation from its start, or on from a commit, to a finished folder. start: None for a new run."""
+    federation = _federation(prepared, folder, console, start)
+    config, progress = prepared.config, federation.progress
+    all_rounds = config.federation.rounds_per_stage * len(prepared.scenario.stages)
+    status, began = "failed", time.perf_counter() - progress.wall_seconds
+    try:
+        if start:
+            _tell_resumed(federation, start)
+        skipped = federation.run().skipped_rounds
+        if skipped * 2 > all_rounds:
+            raise FedstrataError(f"{skipped} of {all_rounds} rounds were skipped; see {folder / 'events.jsonl'}")
+        status = "completed"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise Interrupted(f"interrupted; to go on from the last round: fedstrata resume {folder}") from None
+    except OSError:
+        status = "interrupted"  # `storage` says why
+        raise
+    finally:
+        federation.chronicle.display.close()
+        _finish(federation, prepared.description, status, time.perf_counter() - began)
+        write_report(folder)
+    return folder
 
 
-def _run(prepared: Prepared, folder: Path, console: Console, commit: checkpoint.Commit | None = None) -> Path:
+def _federation(prepared: Prepared, folder: Path, console: Console, start: Found | None) -> Federation:
     config, scenario, strategy = prepared.config, prepared.scenario, prepared.strategy()
     tasks = tuple(task.name for task in scenario.tasks)
     metrics = tuple(task.metric for task in scenario.tasks)
     progress = Progress(AccuracyMatrix(tasks, scenario.stage_names, metrics))
+    commit, tokens, bound = start.commit if start else None, {}, prepared.bound()
     if commit:
+        resuming.check_bound(folder, commit, bound)
         strategy.load(commit.parts)
-        progress = Progress.from_json(commit.progress)
+        tokens, progress = memory.unpack(commit.memory, strategy), Progress.from_json(commit.progress)
     tracker = open_tracker(config.track, folder, configuration.to_dict(config), folder.name)
     rounds, stages = config.federation.rounds_per_stage, len(scenario.stages)
     display = Display(console, stages, rounds, (progress.stage - 1) * rounds + progress.round - 1)
@@ -163,22 +227,20 @@ def _run(prepared: Prepared, folder: Path, console: Console, commit: checkpoint.
         Chronicle(tracker, display, scenario, strategy),
         progress,
         prepared.description.dim,
+        bound,
     )
+    federation.tokens = tokens
     tracker.event("run_started", **_started(prepared, strategy))
-    status, began = "failed", time.perf_counter() - progress.wall_seconds
-    try:
-        skipped = federation.run().skipped_rounds
-        if skipped * 2 > stages * rounds:
-            raise FedstrataError(f"{skipped} of {stages * rounds} rounds were skipped; see {folder / 'events.jsonl'}")
-        status = "completed"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise Interrupted(f"interrupted; to go on from the last round: fedstrata resume {folder}") from None
-    finally:
-        display.close()
-        _finish(federation, prepared.description, status, time.perf_counter() - began)
-        write_report(folder)
-    return folder
+    return federation
+
+
+def _tell_resumed(federation: Federation, start: Found) -> None:
+    """Events and the matrix on disk go back to where the commit stands; without one, to the beginning."""
+    at = federation.progress
+    stage, round_ = (at.stage, at.round) if start.commit else (0, 0)
+    federation.chronicle.resumed(at.commits, stage, round_, start.damaged)
+    if start.commit:
+        federation.write_matrix()
 
 
 def _started(prepared: Prepared, strategy: Strategy) -> dict[str, Any]:
@@ -196,10 +258,11 @@ def _started(prepared: Prepared, strategy: Strategy) -> dict[str, Any]:
 
 def _finish(federation: Federation, description: Description, status: str, wall: float) -> None:
     federation.progress = replace(federation.progress, wall_seconds=wall)
-    summary = plain(summarise(federation, description, status))
-    checkpoint.write_atomic(federation.folder / "summary.json", json.dumps(summary, indent=1).encode())
-    federation.chronicle.tracker.event("run_finished", **summary)
-    federation.chronicle.tracker.close()
+    rejected = dict(federation.progress.rejected)
+    summary = plain({**summarise(federation, description, status), "rejected": rejected})
+    with closing(federation.chronicle.tracker) as tracker:
+        durable.write_atomic(federation.folder / SUMMARY, json.dumps(summary, indent=1).encode())
+        tracker.event("run_finished", **summary)
 
 
 def _free_folder(config: RunConfig) -> Path:
@@ -210,16 +273,18 @@ def _free_folder(config: RunConfig) -> Path:
     """
     if config.run.dir:
         folder = Path(config.run.dir)
-        if (folder / "config.yaml").exists():
-            raise BadInput(
-                f"run.dir: {folder} already holds a run; name another folder, or use: fedstrata resume {folder}"
-            )
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if (folder / CONFIG).exists():
+            raise _taken(folder)
+        if folder.exists() and not (folder.is_dir() and unused(folder)):
             raise BadInput(f"run.dir: {folder} must be a new or an empty folder")
         return folder
     name = f"{Path(config.scenario.name).stem}-{config.strategy.name.rpartition(':')[2]}-seed{config.seed}"
     choices = [Path("runs") / name, *[Path("runs") / f"{name}-{number}" for number in range(2, 10_000)]]
     return next(path for path in choices if not path.exists())
+
+
+def _taken(folder: Path) -> BadInput:
+    return BadInput(f"run.dir: {folder} already holds a run; name another folder, or use: fedstrata resume {folder}")
 
 
 def open_grid(config: RunConfig) -> LocalGrid:
@@ -231,7 +296,7 @@ def open_grid(config: RunConfig) -> LocalGrid:
     if f.grid == "inprocess":
         return InProcessGrid(f.clients, guess)
     actors = f.actors or max(1, min(os.cpu_count() or 1, math.ceil(f.clients_per_round / guess)))
-    return RayGrid(f.clients, guess, actors, f.threads, config.model.device != "cpu", f.ray_address)
+    return ArrivingRayGrid(f.clients, guess, actors, f.threads, config.model.device != "cpu", f.ray_address)
 
 
 def cohort_size(config: RunConfig, layout: Layout) -> int:

@@ -1,7 +1,7 @@
 """Who takes part in a round and with which draw from its data: pure functions of (config, scenario, stage, round)."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,10 +40,20 @@ def _published(present: Sequence[int], size: int, seed: int) -> list[int]:
     return [present[index] for index in set(chosen.tolist())]
 
 
-def participants(config: RunConfig, scenario: Scenario, stage: int, round_: int, pooled: bool = False) -> list[int]:
-    """The round's participants; a method that pools all tasks draws from all clients at all times."""
+def participants(
+    config: RunConfig,
+    scenario: Scenario,
+    stage: int,
+    round_: int,
+    pooled: bool = False,
+    away: Collection[int] = (),
+) -> list[int]:
+    """The round's participants, without those that are `away` (in quarantine).
+
+    A method that pools all tasks draws from all clients at all times.
+    """
     there = range(scenario.client_count) if pooled else scenario.present(stage, round_)
-    return draw(config, there, stage, round_)
+    return draw(config, [client for client in there if client not in away], stage, round_)
 
 
 def visits(config: RunConfig, scenario: Scenario, stage: int, pooled: bool = False) -> Iterator[Visit]:

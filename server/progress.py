@@ -1,17 +1,30 @@
 """Where a run is: what the federation loop itself must remember between rounds."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from fedstrata.core.metrics import AccuracyMatrix
+
+WARM = 5  # norms of a subspace before its median limits the next ones
+LIMIT = 10.0  # times the median
+RECENT = 50  # norms that are remembered of each subspace
+STRIKES = 3  # rejections in a row that put a client in quarantine
+QUARANTINE = 5  # rounds that it is not drawn for then
 
 
 @dataclass(frozen=True)
 class Progress:
     """Stage and round count from 1 and name the next ones to run; bytes are raw tensor bytes.
 
-    trained[task][subspace] counts the instructions that the task sent into the subspace over all rounds.
+    Attributes:
+        trained: trained[task][subspace] counts the instructions that the task sent into the subspace over all rounds.
+        norms: subspace → the norms of its latest updates.
+        strikes: client → its rejections in a row.
+        quarantine: client → the last round (counted through the run) that it is not drawn for.
+        rejected: kind of reason → how many replies were not used for it.
     """
 
     matrix: AccuracyMatrix
@@ -27,6 +40,10 @@ class Progress:
     trained: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     routing: Mapping[int, float] = field(default_factory=dict)  # task → percentage routed to its own subspace
     beside: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # task → further metrics of the last row
+    norms: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    strikes: Mapping[int, int] = field(default_factory=dict)
+    quarantine: Mapping[int, int] = field(default_factory=dict)
+    rejected: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(replace(self, matrix=None)), "matrix": self.matrix.to_json()}  # type: ignore[arg-type]
@@ -37,7 +54,10 @@ class Progress:
         trained = {int(t): {int(s): n for s, n in row.items()} for t, row in tree["trained"].items()}
         routing = {int(task): share for task, share in tree["routing"].items()}
         matrix = AccuracyMatrix.from_json(tree["matrix"])
-        return Progress(**{**tree, "matrix": matrix, "trained": trained, "routing": routing})
+        norms = {int(subspace): tuple(found) for subspace, found in tree.get("norms", {}).items()}
+        counts = {name: {int(k): n for k, n in tree.get(name, {}).items()} for name in ("strikes", "quarantine")}
+        known = {**tree, "matrix": matrix, "trained": trained, "routing": routing, "norms": norms, **counts}
+        return Progress(**known)
 
     def count_trained(self, tasks: Mapping[int, int], subspace: int) -> "Progress":
         """Adds {task: instructions} to a subspace."""
@@ -51,3 +71,27 @@ class Progress:
         """The subspace that most of the task's instructions went into; None before it was trained."""
         row = self.trained.get(task, {})
         return max(sorted(row), key=lambda subspace: row[subspace]) if row else None
+
+    def limit(self, subspace: int) -> float:
+        """The largest norm that an update of the subspace may have; infinite until enough of them were seen."""
+        seen = self.norms.get(subspace, ())
+        return LIMIT * median(seen) if len(seen) >= WARM and median(seen) > 0 else float("inf")
+
+    def count_norms(self, found: Iterable[tuple[int, float]]) -> "Progress":
+        """Adds (subspace, norm) of accepted updates."""
+        norms = dict(self.norms)
+        for subspace, norm in found:
+            norms[subspace] = (*norms.get(subspace, ()), norm)[-RECENT:]
+        return replace(self, norms=norms)
+
+    def count_rejected(self, kinds: Iterable[str]) -> "Progress":
+        """Adds one per kind of reason."""
+        return replace(self, rejected=dict(Counter(self.rejected) + Counter(str(kind) for kind in kinds)))
+
+    def judge(self, number: int, good: Collection[int], bad: Collection[int]) -> "Progress":
+        """After round `number`: who answered well is clean; who was rejected too often in a row is sent away."""
+        strikes = {client: count for client, count in self.strikes.items() if client not in good}
+        strikes |= {client: strikes.get(client, 0) + 1 for client in sorted(bad)}
+        away = {client: last for client, last in self.quarantine.items() if last > number}
+        away |= {client: number + QUARANTINE for client, count in strikes.items() if count >= STRIKES}
+        return replace(self, strikes={c: n for c, n in strikes.items() if n < STRIKES}, quarantine=away)

@@ -3,7 +3,11 @@
 config.yaml (appears first), events.jsonl, matrix.json, summary.json, predictions/, checkpoints/, report.html.
 """
 
+import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,10 @@ from typing import Any
 from fedstrata.core.config import read_yaml
 from fedstrata.core.errors import BadInput
 from fedstrata.core.metrics import AccuracyMatrix
+from fedstrata.server import durable
 
 CONFIG, EVENTS, MATRIX, SUMMARY, REPORT = "config.yaml", "events.jsonl", "matrix.json", "summary.json", "report.html"
+CHECKPOINTS, LOCK = "checkpoints", "lock"
 SUMMARY_VERSION = 1
 
 
@@ -50,16 +56,21 @@ class RunFolder:
         return AccuracyMatrix.from_json(read_json(self.path / MATRIX), str(self.path / MATRIX))
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened, in order; empty when nothing has yet. A half-written last line is left out."""
+        """What happened, in order; empty when nothing has yet. A half-written last line is left out.
+
+        Where a resumed run went back, what was told of rounds that it then ran again is left out too.
+        """
         path = self.path / EVENTS
         if not path.is_file():
             return []
         *lines, _torn = _bytes(path).split(b"\n")  # bytes: a line may be torn inside a character
-        events = []
+        events: list[dict[str, Any]] = []
         for number, line in enumerate(lines, start=1):
             event = _event(line)
             if event is None:
                 raise BadInput(f"{path}: line {number} is not an event (a JSON object with an 'event' name)")
+            if event["event"] == "resumed":
+                events = [before for before in events if not _again(before, event)]
             events.append(event)
         return events
 
@@ -96,3 +107,40 @@ def _event(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and isinstance(value.get("event"), str) else None
+
+
+def _again(event: dict[str, Any], resumed: dict[str, Any]) -> bool:
+    """Whether an event is about a round or a stage that a resumed run goes through again."""
+    if "stage" not in event or event["event"] == "resumed":
+        return False
+    at = (event["stage"], event.get("round", resumed["round"]))
+    return bool(at >= (resumed["stage"], resumed["round"]))
+
+
+def unused(path: Path) -> bool:
+    """Whether a folder holds nothing, or nothing but what a run leaves that was killed before it began."""
+    begun = (path / CHECKPOINTS, path / CHECKPOINTS / LOCK, path / f".{CONFIG}.tmp")
+    return all(entry in begun for entry in path.rglob("*"))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process writes a run folder at a time; the lock ends with its process, however that ends.
+
+    Raises:
+        BadInput: another process holds it; names its id.
+    """
+    durable.make_folder(path / CHECKPOINTS)
+    file = os.open(path / CHECKPOINTS / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 20).decode(errors="replace") or "?"
+            raise BadInput(f"{path}: is being written by process {holder}") from None
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
+            os.ftruncate(file, 0)
+            os.pwrite(file, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(file)

@@ -6,6 +6,7 @@ The test sets are cut into fixed shards, one message each, so that scores do not
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message
@@ -15,8 +16,11 @@ from fedstrata.core.errors import FedstrataError
 from fedstrata.core.records import Assignment, Binding, ScoreReply, Shard
 from fedstrata.core.scoring import percentages
 from fedstrata.scenarios.stream import Scenario
-from fedstrata.server import checkpoint
+from fedstrata.server import durable
+from fedstrata.server.checks import Refused
+from fedstrata.server.gate import Expected, admit, first
 from fedstrata.server.progress import Progress
+from fedstrata.server.scoregate import read_scores
 
 if TYPE_CHECKING:
     from fedstrata.server.federation import Federation
@@ -58,9 +62,10 @@ def _added(before: tuple[float, ...] | None, more: tuple[float, ...]) -> tuple[f
 def score_row(federation: "Federation", stage: int) -> tuple[Progress, dict[str, list[int]]]:
     """Scores all tasks, keeps the predictions, and returns the progress with a new row and {task: hits}."""
     shards = cut(federation.scenario, federation.config.evaluate.split, federation.config.evaluate.shard)
-    sent = _messages(federation, shards, stage)
-    replies = list(federation.grid.send_and_receive(sent, timeout=federation.config.federation.timeout))
-    scores = _sum(sent, shards, replies, len(federation.scenario.tasks))
+    replies, moved = _ask(federation, shards, stage)
+    scores = [TaskScore() for _ in federation.scenario.tasks]
+    for shard, reply in zip(shards, replies, strict=True):
+        scores[shard.task].add(reply)
     _keep(federation, stage, scores)
     tasks = federation.scenario.tasks
     named = {task.name: score for task, score in zip(tasks, scores, strict=True)}
@@ -72,7 +77,7 @@ def score_row(federation: "Federation", stage: int) -> tuple[Progress, dict[str,
         {name: score.count for name, score in named.items()},
         {name: score.vocabulary for name, score in named.items()},
     )
-    cost = progress.bytes_eval + records.tensor_bytes(sent) + records.tensor_bytes(replies)
+    cost = progress.bytes_eval + moved
     beside = {task.name: {name: measured[task.name][name] for name in task.beside} for task in tasks if task.beside}
     routing = _routing(progress, scores)
     progress = replace(progress, matrix=matrix, bytes_eval=cost, routing=routing, beside=beside)
@@ -100,30 +105,62 @@ def trained(federation: "Federation", stage: int) -> list[str]:
     return [tasks[index].name for index in federation.scenario.stages[stage - 1]]
 
 
-def _messages(federation: "Federation", shards: Sequence[Shard], stage: int) -> list[Message]:
+def _ask(federation: "Federation", shards: Sequence[Shard], stage: int) -> tuple[list[ScoreReply], int]:
+    """Every shard's score, and the bytes that moved. A bad reply is asked for once more, of another node.
+
+    Raises:
+        FedstrataError: both were bad; names the examples and the reason.
+    """
+    found: dict[int, ScoreReply] = {}
+    moved = 0
+    for shift in (0, 1):
+        left = [number for number in range(len(shards)) if number not in found]
+        sent = _messages(federation, shards, stage, shift) if left else []
+        asked = [sent[number] for number in left]
+        replies = list(federation.grid.send_and_receive(asked, timeout=federation.config.federation.timeout))
+        moved += records.tensor_bytes(asked) + records.tensor_bytes(replies)
+        good, bad = _gate(federation, {n: (sent[n], shards[n]) for n in left}, replies)
+        found |= good
+        federation.chronicle.refused_scores(stage, bad)
+        federation.progress = federation.progress.count_rejected(error.kind for error in bad.values())
+        if not bad:
+            break
+    for number, error in sorted(bad.items()):
+        shard = shards[number]
+        raise FedstrataError(f"scoring examples {shard.start}-{shard.stop} of task {shard.task} failed: {error}")
+    return [found[number] for number in range(len(shards))], moved
+
+
+def _gate(
+    federation: "Federation", asked: Mapping[int, tuple[Message, Shard]], replies: Sequence[Message]
+) -> tuple[dict[int, ScoreReply], dict[int, Refused]]:
+    """{shard number: its score} of the good replies and {shard number: what is wrong} of the others."""
+    came, subspaces = first(replies), len(federation.strategy.knowledge().adapters)
+    good, bad = {}, {}
+    for number, (message, shard) in asked.items():
+        task = federation.scenario.tasks[shard.task]
+        want = Expected(records.binding(message), 0, shard.stop - shard.start)
+        read = partial(read_scores, metrics=(task.metric, *task.beside), subspaces=subspaces)
+        try:
+            good[number] = admit(came.get(message.metadata.message_id), want, read)
+        except Refused as error:
+            bad[number] = error
+    return good, bad
+
+
+def _messages(federation: "Federation", shards: Sequence[Shard], stage: int, shift: int) -> list[Message]:
+    """One message per shard, dealt to the clients in turn; `shift` deals them from a later one on."""
     content = records.knowledge_content(federation.strategy.knowledge())
     nodes = sorted(federation.roster.items())
     messages = []
     for number, shard in enumerate(shards):
-        partition, node = nodes[number % len(nodes)]
+        partition, node = nodes[(number + shift) % len(nodes)]
         binding = Binding(federation.run_id, stage, 0, partition)
         layout = federation.strategy.setup.layout.hash
         meta = Assignment(binding, (shard.task,), config=federation.config_json, layout=layout)
         message = Message(records.with_shard(content, shard), node, records.EVALUATE)
         messages.append(records.address(message, meta))
     return messages
-
-
-def _sum(sent: Sequence[Message], shards: Sequence[Shard], replies: Sequence[Message], tasks: int) -> list[TaskScore]:
-    by_request = {reply.metadata.reply_to_message_id: reply for reply in replies}
-    scores = [TaskScore() for _ in range(tasks)]
-    for message, shard in zip(sent, shards, strict=True):
-        reply = by_request.get(message.metadata.message_id)
-        if reply is None or reply.has_error():
-            reason = "no reply in time" if reply is None else reply.error.reason
-            raise FedstrataError(f"scoring examples {shard.start}-{shard.stop} of task {shard.task} failed: {reason}")
-        scores[shard.task].add(records.read_scores(reply))
-    return scores
 
 
 def _routing(progress: Progress, scores: Sequence[TaskScore]) -> Mapping[int, float]:
@@ -143,4 +180,4 @@ def _keep(federation: "Federation", stage: int, scores: Sequence[TaskScore]) -> 
     names = [task.name for task in federation.scenario.tasks]
     rows = [{"task": n, **row} for n, score in zip(names, scores, strict=True) for row in score.predictions]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    checkpoint.write_atomic(folder / f"stage-{stage}.jsonl", text.encode())
+    durable.write_atomic(folder / f"stage-{stage}.jsonl", text.encode())

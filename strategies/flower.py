@@ -4,11 +4,12 @@ It keeps one global adapter, as `finetune` does, and leaves the arithmetic to Fl
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
@@ -16,7 +17,7 @@ from fedstrata.core import records
 from fedstrata.core.config import StrategyConfig
 from fedstrata.core.errors import BadInput
 from fedstrata.core.seeds import derive
-from fedstrata.strategies.base import Setup
+from fedstrata.strategies.base import Parts, Setup
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig, FinetuneState
 
 NEEDED = ("min_train_nodes", "min_available_nodes")  # constructor arguments of Flower's strategies
@@ -72,6 +73,66 @@ class Stock(Finetune):
         if arrays is not None:
             self.state = FinetuneState(arrays[records.FLAT].numpy().astype("float32"))
         return arrays, metrics
+
+    def save_inner(self) -> Parts:
+        """The numbers and arrays that Flower's class carries from round to round: moments, momentum, clipping norms."""
+        tensors: dict[str, Any] = {}
+        return Parts(tensors, {"attributes": _attributes(self.inner, "", tensors)})
+
+    def load_inner(self, parts: Parts) -> None:
+        """The inverse; attributes that cannot be saved (functions) stay as the constructor made them."""
+        _restore(self.inner, parts.facts["attributes"], parts.tensors)
+
+
+def _attributes(holder: Any, path: str, tensors: dict[str, Any]) -> list[list[Any]]:
+    """[name, packed value] of every attribute that can be saved."""
+    packed = [[name, _pack(value, f"{path}/{name}", tensors)] for name, value in vars(holder).items()]
+    return [[name, value] for name, value in packed if value is not None]
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Any]) -> dict[str, Any] | None:
+    """{kind: what JSON can hold}, arrays in `tensors` by their paths; None where something cannot be saved."""
+    if isinstance(value, np.ndarray | np.generic):
+        tensors[path] = np.asarray(value)
+        return {"array": path}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    if isinstance(value, FlowerStrategy):  # Flower's wrappers hold the strategy that they wrap
+        return {"strategy": _attributes(value, path, tensors)}
+    if isinstance(value, Array):
+        return {"record": _pack(value.numpy(), path, tensors)}
+    if isinstance(value, list | tuple):
+        items = [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        return None if None in items else {type(value).__name__: items}
+    if isinstance(value, ArrayRecord | dict) and all(isinstance(key, str | int) for key in value):
+        pairs = [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]
+        kind = "arrays" if isinstance(value, ArrayRecord) else "dict"
+        return None if None in [item for _, item in pairs] else {kind: pairs}
+    return None
+
+
+def _unpack(packed: Mapping[str, Any], tensors: Mapping[str, Any], old: Any = None) -> Any:
+    """The inverse of `_pack`; `old`: what stands there now, for a strategy within a strategy."""
+    ((kind, value),) = packed.items()
+    if kind == "array":
+        return tensors[value][()]  # a scalar stays one
+    if kind == "value":
+        return value
+    if kind == "strategy":
+        return _restore(old, value, tensors)
+    if kind == "record":
+        return Array(np.asarray(_unpack(value, tensors)))
+    if kind in ("dict", "arrays"):
+        found = {key: _unpack(item, tensors) for key, item in value}
+        return ArrayRecord(found) if kind == "arrays" else found
+    items = [_unpack(item, tensors) for item in value]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _restore(holder: Any, attributes: Iterable[tuple[str, Any]], tensors: Mapping[str, Any]) -> Any:
+    for name, packed in attributes:
+        setattr(holder, name, _unpack(packed, tensors, getattr(holder, name, None)))
+    return holder
 
 
 def wrap(flower_type: type[FlowerStrategy]) -> type[Stock]:

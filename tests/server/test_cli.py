@@ -92,6 +92,13 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # what a run leaves behind
 
 
+def state_of(run: Path) -> dict[str, Any]:
+    """The tensors of a run's newest commit: its manifest names the blob of each."""
+    folder = run / "checkpoints"
+    named = read(max(folder.glob("*.json")))["tensors"]
+    return {name: load_file(folder / f"{blob}.safetensors")["tensor"] for name, blob in named.items()}
+
+
 def test_a_run_leaves_the_documented_files(finished: Path) -> None:
     files = {path.name for path in finished.iterdir()}
     assert files == {
@@ -142,7 +149,7 @@ def test_every_prediction_is_kept_and_adds_up_to_the_matrix(finished: Path) -> N
 def test_the_state_hash_is_of_sorted_tensors_and_canonical_facts(finished: Path) -> None:
     newest = max((finished / "checkpoints").glob("*.json"))
     sha = hashlib.sha256()
-    for name, tensor in sorted(load_file(newest.with_suffix(".safetensors")).items()):
+    for name, tensor in sorted(state_of(finished).items()):
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         sha.update(tensor.astype("<f4").tobytes())
     sha.update(json.dumps(read(newest)["facts"], sort_keys=True, separators=(",", ":")).encode())
@@ -150,8 +157,7 @@ def test_the_state_hash_is_of_sorted_tensors_and_canonical_facts(finished: Path)
 
 
 def test_disco_uploads_one_subspace_per_client_round_and_each_token_once(finished: Path) -> None:
-    newest = max((finished / "checkpoints").glob("*.safetensors"))
-    state = load_file(newest)
+    state = state_of(finished)
     adapter, token = state["subspace.0.adapter"].size, state["subspace.0.token"].size
     rounds = [event for event in lines(finished / "events.jsonl") if event["event"] == "round"]
     trained = [(event["stage"], row["client"]) for event in rounds for row in event["participants"]]
@@ -307,7 +313,7 @@ def test_an_exported_subspace_gives_the_same_logits_in_peft(finished: Path, expo
     batch = base.embed([p.prompt for p in prepared], [p.features for p in prepared], left=True)
     inputs = {"inputs_embeds": batch.embeds, "attention_mask": batch.mask}
     plain = base.model(**inputs).logits
-    state = load_file(max((finished / "checkpoints").glob("*.safetensors")))
+    state = state_of(finished)
     scaling = read(exported / "router.json")["scaling"]
     ours = []
     for index in range(2):

@@ -1,19 +1,30 @@
 """The reply gate: what is wrong with a reply costs that reply, by name, and nothing else."""
 
 import io
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from rich.console import Console
 
 from fedstrata.core import records
+from fedstrata.core.errors import FedstrataError
 from fedstrata.core.identity import Token
-from fedstrata.core.records import Binding, TrainReply
+from fedstrata.core.metrics import AccuracyMatrix
+from fedstrata.core.records import Binding, Description, ScoreReply, TrainReply
+from fedstrata.server import checkpoint, clipping, configure, exchange, launch
+from fedstrata.server.checks import Kind
 from fedstrata.server.flower_private import become_server, set_message_id
-from fedstrata.server.gate import Expected, Rejected, pass_replies, read_token, read_train
+from fedstrata.server.gate import Expected, Rejected, pass_replies, read_token, read_train, strays
+from fedstrata.server.grids import InProcessGrid
+from fedstrata.server.progress import Progress
+from fedstrata.server.runfolder import RunFolder
+from fedstrata.server.scoregate import read_description, read_scores
 
 SIZE, SAMPLES = 4, 10
 
@@ -164,7 +175,7 @@ def test_a_declared_size_that_hides_more_bytes_is_rejected_before_decoding(monke
     message = with_array(sent[0], Array("float32", (SIZE,), "numpy.ndarray", large))
     monkeypatch.setattr(Array, "numpy", lambda self: pytest.fail("decoded before it was checked"))
     _, bad = gate(sent, [message])
-    assert bad == [Rejected(0, f"array: must be float32 (4,), got float32 (4,) in {len(large)} bytes")]
+    assert bad == [Rejected(0, f"array: must be float32 (4,), got float32 (4,) in {len(large)} bytes", Kind.SHAPE)]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -225,14 +236,14 @@ def test_of_duplicate_replies_the_first_counts_once() -> None:
 def test_a_duplicate_of_a_bad_reply_does_not_redeem_it() -> None:
     sent = [request(0)]
     good, bad = gate(sent, [Message(Error(2, "lost"), reply_to=sent[0]), reply(sent[0])])
-    assert (good, bad) == ([], [Rejected(0, "the client failed: lost")])
+    assert (good, bad) == ([], [Rejected(0, "the client failed: lost", Kind.FAILED)])
 
 
 def test_a_reply_that_never_came_is_named() -> None:
     sent = [request(0), request(1)]
     good, bad = gate(sent, [reply(sent[1])])
     assert [value.binding.partition for _, value in good] == [1]
-    assert bad == [Rejected(0, "no reply in time")]
+    assert bad == [Rejected(0, "no reply in time", Kind.LATE)]
 
 
 def test_a_reply_to_what_was_never_sent_is_passed_over() -> None:
@@ -247,7 +258,7 @@ def test_an_error_from_another_source_is_matched_by_the_request_it_answers() -> 
     error = Message(Error(3, "node unavailable"), reply_to=sent[1])
     error.metadata.__dict__["_src_node_id"] = 1  # a dead node's error comes from the SuperLink
     _, bad = gate(sent, [reply(sent[0]), error])
-    assert bad == [Rejected(1, "the client failed: node unavailable")]
+    assert bad == [Rejected(1, "the client failed: node unavailable", Kind.FAILED)]
 
 
 def test_when_all_fail_every_client_is_named_with_its_own_reason() -> None:
@@ -293,3 +304,255 @@ def test_a_bad_token_is_rejected_with_its_reason(value: np.ndarray, count: int, 
     good, bad = token_gate(value, count)
     assert good == []
     assert bad[0].reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda asked: Message(Error(2, "gone"), reply_to=asked), Kind.FAILED),
+        (lambda asked: without_record(asked, "metrics"), Kind.SCHEMA),
+        (lambda asked: with_metrics(asked, speed=3.0), Kind.SCHEMA),
+        (lambda asked: reply(asked, binding=binding(9)), Kind.BINDING),
+        (lambda asked: reply(asked, flat=np.zeros(SIZE + 1, np.float32)), Kind.SHAPE),
+        (lambda asked: reply(asked, flat=np.array([0, np.nan, 0, 0], np.float32)), Kind.NOT_FINITE),
+        (lambda asked: reply(asked, loss=float("nan")), Kind.NOT_FINITE),
+        (lambda asked: reply(asked, seconds=float("inf")), Kind.NOT_FINITE),
+        (lambda asked: reply(asked, seconds=-1.0), Kind.RANGE),
+        (lambda asked: reply(asked, steps=-3), Kind.RANGE),
+        (lambda asked: reply(asked, count=9), Kind.COUNT),
+        (lambda asked: with_array(asked, Array("float32", (SIZE,), "numpy.ndarray", b"?")), Kind.UNREADABLE),
+    ],
+)
+def test_every_reason_is_of_a_kind_from_the_closed_list(make: Callable[[Message], Message], kind: Kind) -> None:
+    sent = [request(0)]
+    _, bad = gate(sent, [make(sent[0])])
+    assert [rejected.kind for rejected in bad] == [kind]
+
+
+def test_an_update_far_above_the_median_is_rejected_by_its_norm() -> None:
+    sent = [request(0), request(1)]
+    start = np.ones(SIZE, np.float32)
+    expected = {p + 2: Expected(binding(p), SIZE, SAMPLES, start, 10.0) for p in range(2)}
+    far = np.array([12, 1, 1, 1], np.float32)
+    good, bad = pass_replies(sent, [reply(sent[0], flat=start * 5), reply(sent[1], flat=far)], expected, read_train)
+    assert [value.binding.partition for _, value in good] == [0]
+    assert bad == [Rejected(1, "norm of the update: must be at most 10, 10 × the subspace's median, got 11", Kind.NORM)]
+
+
+def test_second_answers_and_answers_to_nothing_are_counted() -> None:
+    sent = [request(0), request(1)]
+    first = reply(sent[0])
+    came = [first, reply(sent[1]), first, reply(request(7)), reply(request(7))]
+    assert strays(sent, came) == [Kind.DUPLICATE, Kind.LATE, Kind.DUPLICATE]
+
+
+EMPTY = Progress(AccuracyMatrix((), (), ()))
+
+
+def test_the_limit_of_a_norm_is_ten_medians_of_its_own_subspace_once_there_are_five() -> None:
+    progress = EMPTY.count_norms([(0, 1.0), (0, 2.0), (0, 3.0), (0, 4.0), (1, 100.0)])
+    assert progress.limit(0) == float("inf")
+    progress = progress.count_norms([(0, 5.0)])
+    assert (progress.limit(0), progress.limit(1), progress.limit(2)) == (30.0, float("inf"), float("inf"))
+    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))).limit(0) == 30.0
+    assert len(EMPTY.count_norms((0, float(n)) for n in range(500)).norms[0]) == 50
+
+
+def test_three_rejections_in_a_row_send_a_client_away_for_five_rounds() -> None:
+    progress = EMPTY
+    for number in (1, 2):
+        progress = progress.judge(number, {1}, {0})
+    assert (progress.strikes, progress.quarantine) == ({0: 2}, {})
+    clean = progress.judge(3, {0}, set()).judge(4, set(), {0})
+    assert (clean.strikes, clean.quarantine) == ({0: 1}, {})
+    away = progress.judge(3, set(), {0})
+    assert (away.strikes, away.quarantine) == ({}, {0: 8})
+    assert away.judge(7, set(), set()).quarantine == {0: 8}
+    assert away.judge(8, set(), set()).quarantine == {}
+    again = Progress.from_json(json.loads(json.dumps(away.count_rejected([Kind.NORM, Kind.NORM]).to_json())))
+    assert (again.quarantine, again.rejected) == ({0: 8}, {"norm": 2})
+
+
+def test_updates_above_the_rounds_median_are_scaled_down_to_it() -> None:
+    starts = {partition: np.ones(SIZE, np.float32) for partition in range(3)}
+    sent = [request(partition) for partition in range(3)]
+    flats = [np.ones(SIZE, np.float32) + np.float32(step) * np.eye(SIZE, dtype=np.float32)[0] for step in (1, 2, 8)]
+    good, _ = gate(sent, [reply(asked, flat=flat) for asked, flat in zip(sent, flats, strict=True)])
+    norms = clipping.norms(good, starts)
+    assert norms == {0: 1.0, 1: 2.0, 2: 8.0}
+    clipped = clipping.clip(good, starts, norms)
+    assert [value.flat.tolist() for _, value in clipped] == [[2, 1, 1, 1], [3, 1, 1, 1], [3, 1, 1, 1]]
+    assert [records.read_train_reply(message).flat[0] for message, _ in clipped] == [2, 3, 3]
+    assert [message.metadata.reply_to_message_id for message, _ in clipped] == [m.metadata.message_id for m in sent]
+    assert good[2][1].flat[0] == 9  # what came is not changed
+
+
+PREDICTION = {"id": "a", "prediction": "x", "answer": "x", "score": 1.0, "weights": [1.0]}
+SCORE = ScoreReply({"exact_match": (7.0,)}, 10, 9, (6, 4), (PREDICTION,) * 10)
+
+
+def scored(**changes: Any) -> ScoreReply:
+    asked = request(0, records.EVALUATE)
+    message = records.score_reply(replace(SCORE, **changes), binding(0), asked)
+    ((_, value),), _ = pass_replies(
+        [asked],
+        [message],
+        {2: Expected(binding(0), 0, 10)},
+        lambda message, want: read_scores(message, want, metrics=("exact_match",), subspaces=2),
+    )
+    return value
+
+
+def refusal(**changes: Any) -> tuple[str, Kind]:
+    asked = request(0, records.EVALUATE)
+    message = records.score_reply(replace(SCORE, **changes), binding(0), asked)
+    _, (bad,) = pass_replies(
+        [asked],
+        [message],
+        {2: Expected(binding(0), 0, 10)},
+        lambda message, want: read_scores(message, want, metrics=("exact_match",), subspaces=2),
+    )
+    return bad.reason.split(":")[0], bad.kind
+
+
+def test_a_good_score_passes() -> None:
+    assert scored() == SCORE
+    assert scored(in_vocabulary=None).in_vocabulary is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "kind"),
+    [
+        ({"count": 11}, "num-examples", Kind.COUNT),
+        ({"count": 10.0}, "num-examples", Kind.COUNT),
+        ({"stats": {"iou": (1.0,)}}, "metrics", Kind.SCHEMA),
+        ({"stats": {"exact_match": (1.0, 2.0)}}, "stats.exact_match", Kind.SHAPE),
+        ({"stats": {"exact_match": (float("nan"),)}}, "stats.exact_match", Kind.NOT_FINITE),
+        ({"stats": {"exact_match": (-1.0,)}}, "stats.exact_match", Kind.RANGE),
+        ({"stats": {"exact_match": (11.0,)}}, "score exact_match", Kind.RANGE),
+        ({"in_vocabulary": 11}, "in-vocabulary", Kind.RANGE),
+        ({"in_vocabulary": -1}, "in-vocabulary", Kind.RANGE),
+        ({"hits": (10,)}, "hits", Kind.SHAPE),
+        ({"hits": (11, -1)}, "hits", Kind.RANGE),
+        ({"hits": (5, 4)}, "hits", Kind.COUNT),
+        ({"predictions": (PREDICTION,) * 9}, "predictions", Kind.COUNT),
+    ],
+)
+def test_a_score_that_cannot_be_is_refused(changes: dict[str, Any], name: str, kind: Kind) -> None:
+    assert refusal(**changes) == (name, kind)
+
+
+LAYOUT = json.dumps({})
+SAYS = Description(0, LAYOUT, "tiny", "ab", "base", 4, 0.5, 0.1)
+
+
+@pytest.mark.parametrize("changes", [{"layout": "?"}, {"tau": float("nan")}, {"partition": "0"}, {"dim": -1}])
+def test_a_description_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    monkeypatch.setattr("fedstrata.server.scoregate.Layout.from_json", lambda text: json.loads(text))
+    asked = request(0, records.DESCRIBE)
+    assert read_description(records.description_reply(SAYS, asked)) == SAYS
+    with pytest.raises(ValueError, match="must be|description"):
+        read_description(records.description_reply(replace(SAYS, **changes), asked))
+
+
+def test_a_client_that_does_not_answer_cannot_describe_its_base() -> None:
+    class Silent(InProcessGrid):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+            return []
+
+    with pytest.raises(FedstrataError, match="a client cannot describe its base model: no reply"):
+        exchange.describe(Silent(1, 1, "builtins:object"), 2, "{}", "")
+
+
+class Bad(InProcessGrid):
+    """A grid one of whose replies is changed: `spoil` is called with every reply and gives the one that comes."""
+
+    def __init__(self, clients: int, spoil: Callable[[Message], Message]) -> None:
+        super().__init__(clients, 1)
+        self.spoil = spoil
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return [self.spoil(reply) for reply in super().send_and_receive(messages, timeout=timeout)]
+
+
+WORDS = ["federation.grid=inprocess", "train.local_epochs=1", "evaluate.split=val", "strategy.name=finetune"]
+
+
+def run(folder: Path, grid: InProcessGrid, *words: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    config = configure.resolve("fcit-mini-short", [*WORDS, *words, f"run.dir={folder}"])
+    found = RunFolder(launch.run(config, Console(quiet=True), grid))
+    return found.summary, found.events()
+
+
+def test_a_client_that_is_rejected_round_after_round_sits_five_out_and_the_run_completes(tmp_path: Path) -> None:
+    def spoil(came: Message) -> Message:
+        if came.metadata.message_type == records.TRAIN and came.metadata.src_node_id == 3:
+            came.content.array_records["arrays"]["flat"] = Array(np.full(3, np.nan, np.float32))
+        return came
+
+    words = ["federation.clients=3", "federation.clients_per_round=3", "federation.rounds_per_stage=5"]
+    summary, events = run(tmp_path / "run", Bad(3, spoil), *words)
+    rejected = [(e["stage"], e["round"], e["client"], e["kind"]) for e in events if e["event"] == "rejected"]
+    assert rejected == [*((1, n, 1, "shape") for n in (1, 2, 3)), *((2, n, 1, "shape") for n in (4, 5))]
+    (away,) = [event for event in events if event["event"] == "quarantined"]
+    assert (away["stage"], away["round"], away["client"], away["until"]) == (1, 3, 1, 8)
+    assert summary["status"] == "completed"
+    assert summary["rejected"] == {"shape": 5}
+    trained = {row["client"] for e in events if e["event"] == "round" for row in e["participants"]}
+    assert trained == {0, 2}
+
+
+def test_a_bad_score_is_asked_for_once_more_of_another_client(tmp_path: Path) -> None:
+    spoilt: list[int] = []
+
+    def once(came: Message) -> Message:
+        if came.metadata.message_type == records.EVALUATE and not spoilt:
+            spoilt.append(came.metadata.src_node_id)
+            return Message(Error(2, "no memory"), reply_to=_asked(came))
+        return came
+
+    words = ["federation.rounds_per_stage=1", "federation.clients_per_round=1", "evaluate.shard=25"]
+    whole, _ = run(tmp_path / "whole", InProcessGrid(4, 1), *words)
+    summary, events = run(tmp_path / "run", Bad(4, once), *words)
+    assert [summary[key] for key in ("last", "avg", "final_state_sha256")] == [
+        whole[key] for key in ("last", "avg", "final_state_sha256")
+    ]
+    (told,) = [event for event in events if event["event"] == "score_refused"]
+    assert (told["stage"], told["shard"], told["kind"]) == (0, 0, "failed")
+    assert summary["rejected"] == {"failed": 1}
+
+
+def test_a_score_that_is_bad_twice_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    def spoil(came: Message) -> Message:
+        if came.metadata.message_type == records.EVALUATE:
+            metrics = came.content.metric_records["metrics"]
+            came.content["metrics"] = MetricRecord({**metrics, "stats.exact_match": [1e9]})
+        return came
+
+    with pytest.raises(FedstrataError, match="scoring examples 0-50 of task 0 failed: score exact_match: must be betw"):
+        run(tmp_path / "run", Bad(4, spoil))
+
+
+def _asked(came: Message) -> Message:
+    """A message that an error can be the answer to."""
+    asked = Message(RecordDict(), came.metadata.src_node_id, came.metadata.message_type)
+    set_message_id(asked.metadata, came.metadata.reply_to_message_id)
+    return asked
+
+
+def test_an_attackers_update_is_scaled_down_where_clipping_is_on(tmp_path: Path) -> None:
+    def spoil(came: Message) -> Message:
+        if came.metadata.message_type == records.TRAIN and came.metadata.src_node_id == 3:
+            flat = came.content.array_records["arrays"]["flat"].numpy()
+            came.content.array_records["arrays"]["flat"] = Array(flat + np.float32(1e4))
+        return came
+
+    words = ["federation.clients=3", "federation.clients_per_round=3", "federation.rounds_per_stage=1"]
+    norms = {}
+    for clip in ("off", "median"):
+        folder = tmp_path / clip
+        run(folder, Bad(3, spoil), *words, f"federation.clip={clip}")
+        commit = checkpoint.newest(folder / "checkpoints")
+        assert commit is not None
+        norms[clip] = float(np.linalg.norm(commit.parts.tensors["adapter"]))
+    assert norms["median"] < 100 < norms["off"]

@@ -1,0 +1,75 @@
+"""What a reply may be refused for: a closed list of kinds, and the single checks that the gate is made of."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array
+
+
+class Kind(StrEnum):
+    """Why a reply was not used; counted in the summary."""
+
+    FAILED = "failed"  # the client said so
+    LATE = "late"  # it did not come in time, or came for an exchange that is over
+    UNREADABLE = "unreadable"  # cannot be decoded
+    SCHEMA = "schema"  # records or keys are missing, or there are too many
+    BINDING = "binding"  # belongs to another run, stage, round or client
+    SHAPE = "shape"  # type, shape or size of an array
+    NOT_FINITE = "not finite"
+    COUNT = "count"  # not the number of examples that the client is known to hold
+    RANGE = "range"  # a number that cannot be
+    NORM = "norm"  # the update is far larger than those before it
+    DUPLICATE = "duplicate"  # a second answer to one question
+
+
+class Refused(ValueError):
+    """A reply may not enter; says of which kind the reason is."""
+
+    def __init__(self, kind: Kind, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def check(holds: bool, kind: Kind, reason: str) -> None:
+    """Raises `Refused` unless the rule `holds`."""
+    if not holds:
+        raise Refused(kind, reason)
+
+
+def declared(array: Array, size: int) -> None:
+    """Checked on the declaration, before anything is decoded: a header may claim gigabytes."""
+    good = array.dtype == "float32" and tuple(array.shape) == (size,) and len(array.data) <= 4 * size + 1024
+    came = f"{array.dtype} {tuple(array.shape)} in {len(array.data)} bytes"
+    check(good, Kind.SHAPE, f"array: must be float32 ({size},), got {came}")
+
+
+def decoded(values: npt.NDArray[Any], size: int) -> None:
+    """The bytes carry a header of their own, which need not be what was declared."""
+    good = values.dtype == np.float32 and values.shape == (size,)
+    check(good, Kind.SHAPE, f"array: must be float32 ({size},), got {values.dtype} {values.shape}")
+    check(bool(np.isfinite(values).all()), Kind.NOT_FINITE, "array: must be finite, got NaN or infinity")
+
+
+def counted(count: int, samples: int) -> None:
+    rule = f"num-examples: must be {samples}, the client's known share, got {count}"
+    check(count == samples, Kind.COUNT, rule)
+
+
+def keys(came: Mapping[str, list[str]], want: Mapping[str, list[str]]) -> None:
+    check(came == want, Kind.SCHEMA, f"records: must be {want}, got {came}")
+
+
+def finite(name: str, value: float) -> None:
+    check(bool(np.isfinite(value)), Kind.NOT_FINITE, f"{name}: must be finite, got {value}")
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    check(low <= value <= high, Kind.RANGE, f"{name}: must be between {low:g} and {high:g}, got {value!r}")
+
+
+def distance(flat: npt.NDArray[np.float32], start: npt.NDArray[np.float32]) -> float:
+    """The norm of an update: how far training moved the adapter."""
+    return float(np.linalg.norm(flat.astype(np.float64) - start))

@@ -1,0 +1,75 @@
+"""The gate for what clients say of the base model and of a shard's score; neither is arithmetic's business before."""
+
+import math
+from collections.abc import Sequence
+
+from flwr.app import Message
+
+from fedstrata.core import records
+from fedstrata.core.adapters import Layout
+from fedstrata.core.records import Description, ScoreReply
+from fedstrata.core.scoring import SCORERS, percentages
+from fedstrata.server import checks
+from fedstrata.server.checks import Kind, Refused
+from fedstrata.server.gate import Expected
+
+
+def read_scores(message: Message, want: Expected, metrics: Sequence[str], subspaces: int) -> ScoreReply:
+    """A shard's score: all metrics, every example, numbers that can be. Raises `Refused` or what decoding raises."""
+    reply, count = records.read_scores(message), want.samples
+    rule = f"num-examples: must be {count}, the shard's, got {reply.count!r}"
+    checks.check(_is_count(reply.count) and reply.count == count, Kind.COUNT, rule)
+    came = sorted(reply.stats)
+    checks.check(came == sorted(metrics), Kind.SCHEMA, f"metrics: must be {sorted(metrics)}, got {came}")
+    for name, total in reply.stats.items():
+        _statistics(name, total, count)
+    if reply.in_vocabulary is not None:
+        _whole("in-vocabulary", reply.in_vocabulary, count)
+    _hits(reply.hits, count, subspaces)
+    shown = len(reply.predictions)
+    checks.check(shown == count, Kind.COUNT, f"predictions: must be {count}, got {shown}")
+    return reply
+
+
+def _statistics(name: str, total: Sequence[float], count: int) -> None:
+    size = SCORERS[name].size
+    checks.check(len(total) == size, Kind.SHAPE, f"stats.{name}: must be {size} numbers, got {len(total)}")
+    for value in total:
+        checks.finite(f"stats.{name}", value)
+        checks.between(f"stats.{name}", value, 0, float("inf"))
+    checks.between(f"score {name}", percentages({name: total}, count)[name], 0, 100)
+
+
+def _hits(hits: Sequence[int], count: int, subspaces: int) -> None:
+    checks.check(len(hits) == subspaces, Kind.SHAPE, f"hits: must be {subspaces} numbers, got {len(hits)}")
+    for hit in hits:
+        _whole("hits", hit, count)
+    if hits:
+        checks.check(sum(hits) == count, Kind.COUNT, f"hits: must add up to {count}, got {sum(hits)}")
+
+
+def _whole(name: str, value: int, most: int) -> None:
+    checks.check(_is_count(value), Kind.RANGE, f"{name}: must be a whole number, got {value!r}")
+    checks.between(name, value, 0, most)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_description(message: Message) -> Description:
+    """What a client says of its base model. Raises `Refused`: an error, missing keys, numbers that cannot be."""
+    if message.has_error():
+        raise Refused(Kind.FAILED, str(message.error.reason))
+    try:
+        says = records.read_description(message)
+        Layout.from_json(says.layout)
+    except Exception as error:  # a stranger's words may fail in any way
+        raise Refused(Kind.SCHEMA, f"description: {error or type(error).__name__}") from error
+    checks.check(_is_count(says.partition), Kind.RANGE, f"partition-id: must be a whole number, got {says.partition!r}")
+    checks.check(_is_count(says.dim) and says.dim >= 0, Kind.RANGE, f"dim: must be at least 0, got {says.dim!r}")
+    for name in ("tau", "epsilon"):
+        value = getattr(says, name)
+        good = isinstance(value, float | int) and math.isfinite(value)
+        checks.check(good, Kind.NOT_FINITE, f"{name}: must be finite, got {value!r}")
+    return says
