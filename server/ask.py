@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from fedstrata.core import records
 from fedstrata.core.errors import BadInput, FedstrataError
 from fedstrata.core.records import Assignment, Binding
-from fedstrata.server import launch
+from fedstrata.server import preparing
 from fedstrata.server.export import read_knowledge
 from fedstrata.server.grids import InProcessGrid
 
@@ -36,7 +36,7 @@ def ask(run_dir: Path, text: str, image: Path | None) -> Reply:
     grid = InProcessGrid(1, 1)
     node = next(iter(grid.roster.values()))
     content = records.with_question(records.knowledge_content(knowledge), text, _picture(image))
-    meta = Assignment(Binding(partition=0), config=json.dumps(launch.on_the_wire(config)))
+    meta = Assignment(Binding(partition=0), config=json.dumps(preparing.on_the_wire(config)))
     reply = next(iter(grid.send_and_receive([records.address(Message(content, node, records.ASK), meta)])))
     if reply.has_error():
         raise FedstrataError(reply.error.reason)

@@ -15,7 +15,7 @@ from fedstrata.core.adapters import Layout, save_peft
 from fedstrata.core.config import RunConfig, from_dict
 from fedstrata.core.errors import BadInput
 from fedstrata.core.records import Description, Knowledge
-from fedstrata.server import checkpoint, launch
+from fedstrata.server import checkpoint, preparing
 from fedstrata.server.exchange import describe
 from fedstrata.server.grids import InProcessGrid
 from fedstrata.server.runfolder import RunFolder
@@ -36,14 +36,14 @@ def read_knowledge(run_dir: Path) -> tuple[RunConfig, Knowledge, Description]:
     """
     config, commit = read_config(run_dir), checkpoint.require_newest(run_dir)
     grid = InProcessGrid(1, 1)
-    text = json.dumps(launch.on_the_wire(config))
+    text = json.dumps(preparing.on_the_wire(config))
     description = describe(grid, next(iter(grid.roster.values())), text, "")
     started = next((e for e in RunFolder(run_dir).events() if e["event"] == "run_started"), {})
     if started.get("base_hash") not in (None, description.base_hash):
         now = f"model.name {config.model.name} is now {description.base_hash}"
         raise BadInput(f"{run_dir}: was run on the base {started['base_hash']}, {now}")
     tasks = len(commit.progress["matrix"]["tasks"])
-    strategy = find(config.strategy.name)(config.strategy, launch.setup(config, description, tasks))
+    strategy = find(config.strategy.name)(config.strategy, preparing.setup(config, description, tasks))
     strategy.load(commit.parts)
     return config, strategy.knowledge(), description
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from fedstrata.core.adapters import Layout
 from fedstrata.core.config import RunConfig, to_dict
 from fedstrata.scenarios.stream import Scenario
-from fedstrata.server import launch
+from fedstrata.server import preparing
 from fedstrata.server.holdings import client_table, holdings
 from fedstrata.server.participation import visits
 from fedstrata.server.report import human_bytes
@@ -32,14 +32,14 @@ def show(config: RunConfig, console: Console) -> None:
         BadInput: whatever would stop the run before its first round.
     """
     local = replace(config, federation=replace(config.federation, grid="inprocess"))
-    prepared = launch.prepare(local)
+    prepared = preparing.prepare(local)
     try:
         text = yaml.safe_dump(to_dict(config), sort_keys=False)
         console.print(text, highlight=False, markup=False, soft_wrap=True)
         scenario = prepared.scenario
         plan = [visit for stage in range(1, len(scenario.stages) + 1) for visit in visits(config, scenario, stage)]
         console.print(client_table(scenario.stage_names, holdings(scenario, plan)))
-        size = launch.cohort_size(config, prepared.layout)
+        size = preparing.cohort_size(config, prepared.layout)
         told = prepared.description.dim
         bytes_ = predict(config, prepared.scenario, prepared.strategy(), prepared.layout, told)
         console.print(f"scenario hash {prepared.scenario.hash}", highlight=False, soft_wrap=True)
