@@ -4,6 +4,7 @@ Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback)
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -171,7 +172,8 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. SIGTERM, which a batch system or `docker stop` sends, ends a run as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli(standalone_mode=False)
     except typer.Exit as stop:

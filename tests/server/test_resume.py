@@ -5,6 +5,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -375,3 +379,18 @@ def test_another_error_of_the_system_is_not_taken_for_a_full_disk(tmp_path: Path
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "data" / "train.json"))
     with pytest.raises(FedstrataError, match="the run has not begun"), launch.storage(tmp_path / "run" / "here"):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_run_that_can_go_on(tmp_path: Path, name: str) -> None:
+    code = "from fedstrata.server.cli import main; main()"
+    words = ["run", "fcit-mini-short", *WORDS, f"run.dir={tmp_path / 'run'}"]
+    with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        while not list((tmp_path / "run" / "checkpoints").glob("*.json")):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.05)
+        run.send_signal(getattr(signal, name))
+        _, said = run.communicate(timeout=120)
+    assert (run.returncode, final(tmp_path / "run")["status"]) == (75, "interrupted")
+    assert b"fedstrata resume" in b"".join(said.split(b"\n"))
+    assert final(launch.resume(tmp_path / "run", Console(quiet=True)))["status"] == "completed"
