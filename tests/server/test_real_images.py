@@ -7,6 +7,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from fedstrata import scenarios
 from fedstrata.server import configure, launch
 
 TASKS = ("easy_vqa", "sign_digits")
@@ -14,7 +15,7 @@ TASKS = ("easy_vqa", "sign_digits")
 
 def scenario(folder: Path) -> Path:
     """Two tasks of the packaged recipe `real-images`, a few rows each."""
-    packaged = yaml.safe_load((launch.scenarios.LIBRARY / "real-images.yaml").read_text(encoding="utf-8"))
+    packaged = yaml.safe_load((scenarios.LIBRARY / "real-images.yaml").read_text(encoding="utf-8"))
     tree = {
         **packaged,
         "tasks": {name: {**packaged["tasks"][name], "train_rows": 40, "test_rows": 10} for name in TASKS},

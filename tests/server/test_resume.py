@@ -383,7 +383,9 @@ def test_another_error_of_the_system_is_not_taken_for_a_full_disk(tmp_path: Path
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_a_run_that_can_go_on(tmp_path: Path, name: str) -> None:
-    code = "from fedstrata.server.cli import main; main()"
+    # a process started in the background of a shell ignores Ctrl-C, and its children inherit that
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heed}; from fedstrata.server.cli import main; main()"
     words = ["run", "fcit-mini-short", *WORDS, f"run.dir={tmp_path / 'run'}"]
     with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         while not list((tmp_path / "run" / "checkpoints").glob("*.json")):
