@@ -4,6 +4,7 @@ A million rows cost a few dozen bytes each here, whatever they hold; hashes stan
 """
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,9 +49,9 @@ class Rows(Sequence[Example]):
 
     marks: Marks
 
+    @abstractmethod
     def read(self, row: int) -> Example:
         """One row, read anew each time. Raises `BadInput` when its file is gone or was changed since it was loaded."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, row: int) -> Example: ...
