@@ -63,7 +63,7 @@ def logits_and_labels(model: Any, data: Data, rows: Tensor) -> tuple[Tensor, Ten
 def accuracy(model: Any, data: Data) -> float:
     """Exact match in points."""
     right = 0
-    for rows in torch.arange(len(data["input_ids"])).split(100):
+    for rows in torch.arange(len(data["input_ids"])).split(100):  # type: ignore[no-untyped-call]
         logits, labels, where = logits_and_labels(model, data, rows)
         wrong = torch.zeros(len(rows)).index_add_(0, where, (logits.argmax(-1) != labels).float())
         right += int((wrong == 0).sum())
@@ -79,7 +79,7 @@ def learn(model: Any, data: Data, check: Data, steps: int) -> tuple[float, float
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 3)
         rows = torch.from_numpy(rng.choice(len(data["input_ids"]), 16, replace=False))
         logits, labels, _ = logits_and_labels(model, data, rows)
-        F.cross_entropy(logits, labels).backward()
+        F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         spent += time.perf_counter() - started
@@ -90,7 +90,7 @@ def learn(model: Any, data: Data, check: Data, steps: int) -> tuple[float, float
 
 def measure(base: Path, name: str, steps: int) -> None:
     """Prints one row of the table."""
-    model = LlavaForConditionalGeneration.from_pretrained(base, attn_implementation="eager").eval()
+    model = LlavaForConditionalGeneration.from_pretrained(base, attn_implementation="eager").eval()  # type: ignore[no-untyped-call]
     processor = LlavaProcessor.from_pretrained(base)
     task = mini_task(name, 0, 1200, 300, 0)
     train, val, dull = (prepare(model, processor, part) for part in (task.train, task.val, blank(task.val)))

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedstrata.client.lora import Mixture, adapted
+from fedstrata.client.lora import adapted
+from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
 from fedstrata.core.answers import normalise
 from fedstrata.core.identity import Token

@@ -90,6 +90,16 @@ class BaseModel:
     def module(self, name: str) -> nn.Module:
         return cast(nn.Module, self.model.get_submodule(name))
 
+    @property
+    def backbone(self) -> Any:
+        """The language model without its head: inputs_embeds [B, L, hidden] → last_hidden_state of the same shape."""
+        return self.model.model.language_model
+
+    @property
+    def head(self) -> Any:
+        """Hidden states [..., hidden] → logits [..., vocabulary]."""
+        return self.model.lm_head
+
     def prompt(self, example: Example) -> str:
         """The chat template around the question, ready for the answer."""
         return self.prompts.text(example)

@@ -5,8 +5,9 @@ client is a cohort of one. Equality with a plain PEFT loop is tested.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from fedstrata.client.batching import Batch, Rows, batches, collate, pieces, supervised
 from fedstrata.client.dropout import Dropout
+from fedstrata.client.local import LocalContext
 from fedstrata.client.lora import Cohort, adapted
 from fedstrata.client.model import BaseModel
 from fedstrata.client.optimiser import AdamW
@@ -27,21 +29,35 @@ __all__ = ["Job", "Trained", "answer_loss", "batches", "collate", "train"]
 
 @dataclass(frozen=True)
 class Job:
-    """One client's work: its examples, the adapter it starts from and the seed of its batch order and dropout."""
+    """One client's work: its examples, the adapter it starts from and the seed of its batch order and dropout.
+
+    Attributes:
+        payload: what the strategy sent beside the adapter.
+        memory: what this client remembers of its earlier rounds.
+    """
 
     examples: Sequence[Example]
     flat: Flat
     seed: int
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained adapter; `loss` is the mean over the client's steps, `seconds` its part of the cohort's time."""
+    """The trained adapter; `loss` is the mean over the client's steps, `seconds` its part of the cohort's time.
+
+    Attributes:
+        extra: what the local half uploads beside the adapter.
+        memory: what this client will remember.
+    """
 
     flat: Flat
     loss: float
     steps: int
     seconds: float
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -69,25 +85,32 @@ def train(
     cohort.dropout = Dropout(dropout, base.device) if dropout else None
     optimiser = AdamW(cohort, settings, [len(plans[index]) for index in order])
     losses: list[list[float]] = [[] for _ in jobs]
-    half.begin(cohort)
-    with adapted(base, cohort):
+    ctx = LocalContext(base, cohort, [jobs[index] for index in order], settings)
+    with ctx, adapted(base, cohort):
+        half.begin(ctx)
         for step in range(len(plans[order[0]])):
             cohort.active = sum(len(plans[index]) > step for index in order)
             active = order[: cohort.active]
             rows = [[prepared[index][row] for row in plans[index][step]] for index in active]
             cohort.gradient.zero_()
-            parts = _passes(base, cohort, rows, settings.micro_batch, half, (step, [jobs[i].seed for i in active]))
-            half.on_gradients(cohort, cohort.named(cohort.gradient))
+            parts = _passes(base, cohort, rows, settings.micro_batch, half, ctx, (step, [jobs[i].seed for i in active]))
+            half.on_gradients(ctx, cohort.named(cohort.gradient))
             optimiser.step(step + 1)
-            half.on_step(cohort, cohort.named(cohort.flat))
+            half.on_step(ctx, cohort.named(cohort.flat))
             for index, value in zip(order, parts.tolist(), strict=False):
                 losses[index].append(value)
-    half.end(cohort)
-    return _results(cohort, order, losses, time.perf_counter() - began)
+    extras = ctx.apart(half.end(ctx))
+    return _results(ctx, order, losses, extras, time.perf_counter() - began)
 
 
 def _passes(
-    base: BaseModel, cohort: Cohort, rows: Rows, most: int, half: LocalHalf, draws: tuple[int, Sequence[int]]
+    base: BaseModel,
+    cohort: Cohort,
+    rows: Rows,
+    most: int,
+    half: LocalHalf,
+    ctx: LocalContext,
+    draws: tuple[int, Sequence[int]],
 ) -> torch.Tensor:
     """Forward and backward of one step in pieces of at most `most` rows per client; the loss [C] of the whole step.
 
@@ -100,27 +123,37 @@ def _passes(
             lengths = [[len(row.prompt) + len(row.answer) for row in own] for own in mine]
             cohort.dropout.begin(lengths, draws[1], draws[0], first)
         batch = collate(base, mine, totals, 1 / len(parts))
-        piece = half.loss(cohort, batch, None, answer_loss(base, batch, cohort.active))
+        piece = half.loss(ctx, batch, None, answer_loss(base, batch, cohort.active))
         torch.autograd.backward(piece.sum())
         loss = loss + piece.detach().cpu()
     return loss
 
 
-def _results(cohort: Cohort, order: Sequence[int], losses: Sequence[Sequence[float]], seconds: float) -> list[Trained]:
-    flats, total = cohort.flat.detach().float().cpu().numpy(), sum(map(len, losses))
+def _results(
+    ctx: LocalContext,
+    order: Sequence[int],
+    losses: Sequence[Sequence[float]],
+    extras: Sequence[Mapping[str, Any]],
+    seconds: float,
+) -> list[Trained]:
+    """In the order of the jobs; `ctx` and `extras` are in the cohort's order."""
+    flats, total = ctx.cohort.flat.detach().float().cpu().numpy(), sum(map(len, losses))
     place = {index: row for row, index in enumerate(order)}
-    return [
-        Trained(np.ascontiguousarray(flats[place[index]]), float(np.mean(mine)), len(mine), seconds * len(mine) / total)
-        for index, mine in enumerate(losses)
-    ]
+    done = []
+    for index, mine in enumerate(losses):
+        row = place[index]
+        cost = (float(np.mean(mine)), len(mine), seconds * len(mine) / total)
+        done.append(Trained(np.ascontiguousarray(flats[row]), *cost, extras[row], ctx.memories[row]))
+    return done
 
 
 def answer_loss(base: BaseModel, batch: Batch, clients: int) -> torch.Tensor:
     """Each client's mean cross-entropy over its answer tokens, [C]; the head runs at answer positions only."""
-    language = base.model.model.language_model
-    hidden = language(inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=False).last_hidden_state[:, :-1]
+    hidden = base.backbone(inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=False).last_hidden_state[
+        :, :-1
+    ]
     chosen = batch.weight > 0
-    logits = base.model.lm_head(hidden[chosen])
+    logits = base.head(hidden[chosen])
     nll = F.cross_entropy(
         logits.float() if logits.dtype != torch.float64 else logits, batch.labels[chosen], reduction="none"
     )

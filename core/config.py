@@ -17,6 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from fedstrata.core.errors import BadInput, unknown
 
 PROJECTORS = ("frozen", "shared")
+UPLOADS = ("float32", "bfloat16", "int8")
+QUANTISED = ("none", "8bit", "4bit")
+MATMULS = ("auto", "default", "onednn")
+KINDS = ("lora", "rslora", "dora", "ia3")
 
 
 def require(holds: bool, key: str, rule: str, came: object) -> None:
@@ -75,7 +79,9 @@ class FederationSection:
     min_replies: int = 1  # fewer good replies than this and the round is skipped
     max_failures: int | None = None  # more failed or rejected replies in one round end the run; null: none do
     clip: str = "off"  # off | median: no update moves further than the median of its round
+    upload: str = "float32"  # float32 | bfloat16 | int8: what clients send; smaller ones send differences
     timeout: float = 3600.0  # seconds the server waits for the replies of one exchange
+    cohort_timeout: float = 0.0  # seconds an actor may take for one cohort before another one gets it; 0: no limit
 
     def __post_init__(self) -> None:
         key = "federation."
@@ -105,7 +111,9 @@ class FederationSection:
             self.max_failures is None or self.max_failures >= 0, key + "max_failures", "at least 0", self.max_failures
         )
         require(self.clip in ("off", "median"), key + "clip", "off or median", self.clip)
+        require(self.upload in UPLOADS, key + "upload", ", ".join(UPLOADS), self.upload)
         require(self.timeout > 0, key + "timeout", "above 0 (seconds)", self.timeout)
+        require(self.cohort_timeout >= 0, key + "cohort_timeout", "at least 0 (seconds)", self.cohort_timeout)
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class ModelSection:
     name: str = "tiny"  # the embedded base, a local folder, or a hub name (llava-hf/llava-1.5-7b-hf)
     text_encoder: str = "base"  # the encoder shipped with the base, or a CLIP folder or hub name
     dtype: str = "float32"  # float32 | bfloat16: of the frozen base; adapters are always float32
+    quantise: str = "none"  # none | 8bit | 4bit: of the frozen base, through bitsandbytes
+    matmul: str = "auto"  # auto | default | onednn: float32 products on a CPU; auto is measured once and written down
     device: str = "auto"  # auto | cpu | cuda
     attention: str = "eager"  # eager is fastest for short sequences; sdpa for long ones
     max_new_tokens: int = 16  # of a generated answer
@@ -124,6 +134,8 @@ class ModelSection:
     def __post_init__(self) -> None:
         require(self.name != "", "model.name", "'tiny', a folder or a hub name", self.name)
         require(self.dtype in ("float32", "bfloat16"), "model.dtype", "float32 or bfloat16", self.dtype)
+        require(self.quantise in QUANTISED, "model.quantise", ", ".join(QUANTISED), self.quantise)
+        require(self.matmul in MATMULS, "model.matmul", ", ".join(MATMULS), self.matmul)
         require(self.device in ("auto", "cpu", "cuda"), "model.device", "auto, cpu or cuda", self.device)
         require(self.attention in ("eager", "sdpa"), "model.attention", "eager or sdpa", self.attention)
         require(self.max_new_tokens >= 1, "model.max_new_tokens", "at least 1", self.max_new_tokens)
@@ -134,6 +146,7 @@ class ModelSection:
 class LoraSection:
     """One subspace's low-rank adapter: ΔW = (alpha / rank) · B A."""
 
+    kind: str = "lora"  # lora | rslora: fused cohorts; dora | ia3: through PEFT, one client at a time
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0  # on the input of A while training, as PEFT's lora_dropout
@@ -143,6 +156,7 @@ class LoraSection:
     )
 
     def __post_init__(self) -> None:
+        require(self.kind in KINDS, "lora.kind", ", ".join(KINDS), self.kind)
         require(self.rank >= 1, "lora.rank", "at least 1", self.rank)
         require(0 < self.alpha < float("inf"), "lora.alpha", "a finite number above 0", self.alpha)
         require(0 <= self.dropout < 1, "lora.dropout", "at least 0 and below 1", self.dropout)
@@ -161,6 +175,7 @@ class TrainSection:
     lr: float = 3e-3
     batch_size: int = 16
     micro_batch: int = 0  # most rows of a client in one forward, to save memory; 0: the whole batch at once
+    checkpointing: bool = False  # gradient checkpointing: less memory, one more forward per step
     local_epochs: int = 4
     schedule: str = "constant"  # after warm-up; cosine: from lr towards 0 over the client's own steps, never 0
     warmup_steps: int = 3

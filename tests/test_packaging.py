@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FOLDERS = ("client", "core", "scenarios", "server", "strategies")
-NOT_OURS = {"tests", "benchmarks", "docs", "build", "dist", "runs"}
+FOLDERS = ("benchmarks", "client", "core", "scenarios", "server", "strategies")
+NOT_OURS = {"tests", "docs", "build", "dist", "runs"}
 DATA = {"client": "tiny/*", "scenarios": "library/*.yaml", "server": "report.html.j2"}
 COMES_WITH = {"ray": "flwr", "click": "typer", "tokenizers": "transformers", "markupsafe": "jinja2"}
 

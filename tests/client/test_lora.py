@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from fedstrata.client.lora import Mixture, adapted
+from fedstrata.client.lora import adapted
+from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
 from fedstrata.client.training import Job, answer_loss, batches, collate, train
 from fedstrata.core.adapters import Flat, fresh, save_peft

@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fedstrata.client.evaluation import Answerer
-from fedstrata.client.lora import Cohort, Mixture, adapted
+from fedstrata.client.lora import Cohort, adapted
+from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
 from fedstrata.client.training import Job, answer_loss, batches, collate, train
 from fedstrata.core import shapes

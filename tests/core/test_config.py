@@ -76,7 +76,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(word: str, key: str, ne
 def test_an_unknown_key_that_is_near_to_none_lists_all() -> None:
     message = refusal("lora.zzzzzz=1")
     assert "did you mean" not in message
-    assert "known: alpha, dropout, init, rank, targets" in message
+    assert "known: alpha, dropout, init, kind, rank, targets" in message
 
 
 @pytest.mark.parametrize(

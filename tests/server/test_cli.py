@@ -21,7 +21,8 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from fedstrata.client.lora import Mixture, adapted
+from fedstrata.client.lora import adapted
+from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import TINY, BaseModel
 from fedstrata.core.config import LoraSection, ModelSection
 from fedstrata.scenarios.stream import Example, Pixels

@@ -1,0 +1,1 @@
+"""Side-by-side measurements: `fedstrata bench NAME` runs `benchmarks/<name>.py`."""
