@@ -6,7 +6,7 @@ calls with one message serves a cohort of one.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,13 +17,19 @@ from flwr.clientapp import ClientApp
 from PIL import Image
 
 from fedstrata import scenarios
-from fedstrata.client.evaluation import Answerer, identify, score
+from fedstrata.client.evaluation import Answerer, score
+from fedstrata.client.footprint import footprint, peak
 from fedstrata.client.model import BaseModel, load_base
-from fedstrata.client.training import Job, train
-from fedstrata.core import records
+from fedstrata.client.release import data_name, noise_key, release
+from fedstrata.client.training import Job
+from fedstrata.client.within import train_within
+from fedstrata.core import codec, kernels, records
+from fedstrata.core.adapters import Flat
 from fedstrata.core.config import RunConfig, from_dict
 from fedstrata.core.errors import BadInput
-from fedstrata.core.records import Assignment, Description, TrainReply
+from fedstrata.core.estimate import shape_of
+from fedstrata.core.privacy import own_least
+from fedstrata.core.records import Assignment, Description, TrainReply, TrainTask
 from fedstrata.core.seeds import derive, generator
 from fedstrata.scenarios.stream import Example, Pixels, Scenario
 from fedstrata.strategies import find
@@ -38,14 +44,15 @@ class CohortApp(ClientApp):
 
 
 app = CohortApp()
+MEMORY = "memory"  # a client's own record in its context; it never travels to the server
 
 
 def serve(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """Train messages of one run together as one cohort, everything else one by one."""
     if len(messages) > 1 and all(message.metadata.message_type == records.TRAIN for message in messages):
-        return train_cohort(messages)
+        return train_cohort(messages, contexts)
     handlers = {
-        records.TRAIN: lambda message, _: train_cohort([message])[0],
+        records.TRAIN: train_one,
         records.EVALUATE: evaluate,
         records.IDENTIFY: answer_identify,
         records.DESCRIBE: answer_describe,
@@ -58,24 +65,35 @@ def serve(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Mess
 @app.train()
 def train_one(message: Message, context: Context) -> Message:
     """Flower's door to `train_cohort`."""
-    return train_cohort([message])[0]
+    return train_cohort([message], [context])[0]
 
 
-def train_cohort(messages: Sequence[Message]) -> list[Message]:
-    """Trains every message's adapter on its client's share."""
+def train_cohort(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """Trains every message's adapter on its client's share; what a client remembers lies in its context."""
     tasks = [records.train_task(message) for message in messages]
     config, base, scenario = world(tasks[0].assignment)
     jobs = [
-        Job(share(scenario, config, task.assignment), task.flat, _seed(config, task.assignment, "batches"))
-        for task in tasks
+        Job(
+            share(scenario, config, task.assignment),
+            task.flat,
+            _seed(config, task.assignment, "batches"),
+            task.options,
+            payload,
+            remembered(context),
+        )
+        for task, payload, context in zip(tasks, records.payloads(messages), contexts, strict=True)
     ]
-    half, scaling = find(config.strategy.name).local_half(), config.lora.alpha / config.lora.rank
-    done = train(base, jobs, config.train, scaling, half, dropout=config.lora.dropout)
+    half = find(config.strategy.name).local_half(config.strategy)
+    scaling = config.lora.scaling
+    done, size = train_within(base, jobs, config.train, scaling, half, dropout=config.lora.dropout)
+    told = {"peak": peak(base.device)} | ({"cohort": size} if size < len(jobs) else {})
     replies = []
-    for message, task, job, trained in zip(messages, tasks, jobs, done, strict=True):
+    for message, context, task, job, trained in zip(messages, contexts, tasks, jobs, done, strict=True):
         cost = (len(job.examples), trained.loss, trained.steps, trained.seconds)
-        reply = TrainReply(task.assignment.binding, trained.flat, *cost)
-        replies.append(records.train_reply(reply, message))
+        reply = TrainReply(task.assignment.binding, trained.flat, *cost, told, trained.extra)
+        parts, memory = encoded(config.federation.upload, task, trained.flat, {**job.memory, **trained.memory})
+        replies.append(records.train_reply(reply, message, parts))
+        remember(context, memory)
     return replies
 
 
@@ -88,7 +106,7 @@ def evaluate(message: Message, context: Context) -> Message:
     task = scenario.tasks[shard.task]
     examples = list(getattr(task, shard.split)[shard.start : shard.stop])
     router = find(config.strategy.name).router(knowledge)
-    answerer = Answerer(base, knowledge, router, config.lora.alpha / config.lora.rank)
+    answerer = Answerer(base, knowledge, router, config.lora.scaling)
     limits = (config.evaluate.batch_size, config.train.max_length, config.train.overlong)
     answers = answerer.answer(examples, shard.task, *limits)
     scores = score(task, examples, answers, scenario.vocabulary(shard.task), shard.split)
@@ -97,10 +115,15 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @app.query("identify")
 def answer_identify(message: Message, context: Context) -> Message:
-    """The client's identity token over all instructions of its share."""
+    """The client's identity token over all instructions of its share, or that these are too few for one."""
     at = records.assignment(message)
     config, base, scenario = world(at)
-    return records.token_reply(identify(base, share(scenario, config, at)), at.binding, message)
+    examples, least = share(scenario, config, at), own_least(config.strategy)
+    if len(examples) < least:
+        reason = f"strategy.token_min_samples: at least {least} instructions send a token, there are {len(examples)}"
+        return records.too_few_reply(reason, message)
+    token = release(base, examples, config, noise_key(config, context), data_name(scenario, at))
+    return records.token_reply(token, at.binding, message)
 
 
 @app.query("describe")
@@ -114,6 +137,7 @@ def answer_describe(message: Message, context: Context) -> Message:
     if find(config.strategy.name).needs_tokens:
         encoder = base.encoder
         facts = {"encoder": encoder.name, "dim": encoder.dim, "tau": encoder.tau, "epsilon": encoder.epsilon}
+    facts |= {"shape": shape_of(base.model.config).to_json(), "machine": footprint(base.model, base.device).to_json()}
     description = Description(partition, base.layout.to_json(), base.name, base.hash, **facts)
     return records.description_reply(description, message)
 
@@ -126,7 +150,7 @@ def answer_question(message: Message, context: Context) -> Message:
     text, picture = records.read_question(message)
     image = Pixels(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))) if picture else None
     router = find(config.strategy.name).router(knowledge)
-    answerer = Answerer(base, knowledge, router, config.lora.alpha / config.lora.rank)
+    answerer = Answerer(base, knowledge, router, config.lora.scaling)
     limits = (1, config.train.max_length, config.train.overlong)
     answers = answerer.answer([Example("question", text, "", image)], 0, *limits)
     return records.answer_reply(answers.texts[0], answers.weights[0].tolist(), message)
@@ -153,8 +177,9 @@ def read_config(text: str) -> RunConfig:
 
 
 def base_of(config: RunConfig) -> BaseModel:
-    """The process's base model; the actor's thread count is set before the first kernel runs."""
+    """The process's base model; thread count and kernels are set before the first of them runs."""
     torch.set_num_threads(config.federation.threads)
+    kernels.use(config.model)
     return load_base(json.dumps(vars(config.model)), json.dumps(vars(config.lora)), config.strategy.projector)
 
 
@@ -181,6 +206,33 @@ def share(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Example
     order = generator(config.seed, "pool", at.binding.partition, cycle).permutation(len(pool))
     last = len(pool) if part == draws - 1 else (part + 1) * size
     return scenario.read(pool[row] for row in order[part * size : last])
+
+
+def encoded(
+    kind: str, task: TrainTask, flat: Flat, memory: Mapping[str, np.ndarray]
+) -> tuple[codec.Parts | None, Mapping[str, np.ndarray]]:
+    """The adapter as `federation.upload` has it (None: whole) and the client's memory, with what rounding left behind.
+
+    That is remembered per subspace and added to the client's next update of the same subspace.
+    """
+    if kind == "float32":
+        return None, memory
+    name = f"upload.{task.options.get('subspace', 0)}"
+    before = memory.get(name)
+    residual = before if before is not None and before.shape == flat.shape else None
+    parts, left = codec.encode(flat, task.flat, residual, kind)
+    return parts, {**memory, name: left}
+
+
+def remembered(context: Context) -> dict[str, np.ndarray]:
+    """What a client remembers of its earlier rounds, {name: array}; its context survives processes and actors."""
+    return {name: array.numpy() for name, array in context.state.array_records.get(MEMORY, {}).items()}
+
+
+def remember(context: Context, memory: Mapping[str, np.ndarray]) -> None:
+    """Keeps it in the context. A round that went astray is not remembered: it would spoil all later ones."""
+    if memory and all(np.isfinite(value).all() for value in memory.values()):
+        context.state[MEMORY] = records.arrays(**memory)
 
 
 def _seed(config: RunConfig, at: Assignment, name: str) -> int:

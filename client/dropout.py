@@ -17,25 +17,41 @@ class Dropout:
     def __init__(self, probability: float, device: torch.device) -> None:
         self.probability, self.device = probability, device
         self._rows: list[tuple[int, torch.Generator] | None] = []
+        self._drawn: dict[str, list[torch.Tensor]] = {}  # layer → what its rows' generators were before it drew
 
-    def begin(self, lengths: Sequence[Sequence[int]], seeds: Sequence[int], step: int, first: int) -> None:
+    def begin(
+        self,
+        lengths: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        step: int,
+        places: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """The next forward pass holds these rows.
 
         Args:
             lengths: per client, the tokens of each of its rows; clients with fewer rows are padded to equally many.
             seeds: per client, its job's seed.
             step: number of the optimiser's step.
-            first: which row of each client's batch comes first: micro-batches go through it piece by piece.
+            places: per client, where its rows stand in its batch, which goes through piece by piece; None: all of it.
         """
-        size, self._rows = max(map(len, lengths)), []
-        for mine, seed in zip(lengths, seeds, strict=True):
-            draws = [derive(seed, "dropout", step, first + row) for row in range(len(mine))]
+        size, self._rows, self._drawn = max(map(len, lengths)), [], {}
+        places = places or [range(len(mine)) for mine in lengths]
+        for mine, own, seed in zip(lengths, places, seeds, strict=True):
+            draws = [derive(seed, "dropout", step, place) for place in own]
             rows = zip(mine, (torch.Generator(self.device).manual_seed(draw) for draw in draws), strict=True)
             self._rows += [*rows, *[None] * (size - len(mine))]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, L, in], zero where nothing was drawn: rows and tokens that are only padding."""
-        keep = torch.zeros_like(x)
+    def __call__(self, x: torch.Tensor, layer: str = "") -> torch.Tensor:
+        """x [rows, L, in], zero where nothing was drawn: rows and tokens that are only padding.
+
+        layer: its name, if any; a named one that runs again for its gradient draws what it drew.
+        """
+        keep, draws = torch.zeros_like(x), [row[1] for row in self._rows if row is not None]
+        if layer not in self._drawn:
+            self._drawn |= {layer: [draw.get_state() for draw in draws]} if layer else {}
+        else:
+            for draw, state in zip(draws, self._drawn[layer], strict=True):
+                draw.set_state(state)
         for index, row in enumerate(self._rows):
             if row is not None:
                 length, draw = row

@@ -1,7 +1,9 @@
 """Text encoders for identity tokens. Encoder, match threshold tau and softmax temperature epsilon are one unit."""
 
 import json
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ SETTINGS, CENTER = "text_encoder.json", "text_encoder.safetensors"
 
 
 def token_mean(tokenizer: Any, embedding: Tensor, questions: Sequence[str], normalize: bool) -> Tensor:
-    """phi: the mean of each question's token embeddings [B, D] fp32, from `embedding` [V, D].
+    """phi: the mean of each question's token embeddings [B, D] fp32 on the CPU, from `embedding` [V, D] wherever it is.
 
     Tokens without a letter or a digit are left out: every question ends in the same few marks.
     """
     rows = [_words(tokenizer, question) for question in questions]
-    means = [embedding[row].float().mean(0) if row else embedding.new_zeros(embedding.shape[1]) for row in rows]
-    phi = torch.stack(means) if means else embedding.new_zeros(0, embedding.shape[1])
+    nothing = torch.zeros(embedding.shape[1])
+    means = [embedding[row].cpu().float().mean(0) if row else nothing for row in rows]
+    phi = torch.stack(means) if means else torch.zeros(0, embedding.shape[1])
     return F.normalize(phi, dim=-1) if normalize else phi
 
 
@@ -51,7 +54,13 @@ class TokenMeanEncoder:
             raise BadInput(f"{folder / SETTINGS}: dim is {self.dim}, the base's tokens have {embedding.shape[1]}")
         if self._center.shape != (self.dim,):
             raise BadInput(f"{folder / CENTER}: center must be [{self.dim}], got {list(self._center.shape)}")
-        self._tokenizer, self._embedding = tokenizer, embedding.detach().float().cpu()
+        self._tokenizer, self._embedding = tokenizer, embedding.detach()  # the base's own, never a copy
+
+    @cached_property
+    def norm(self) -> float:
+        """About the norm of a feature, from the encoder's own numbers alone: √(1 + |centre|²) where phi has norm 1."""
+        square = 1.0 if self._normalize else float(self._embedding.double().pow(2).sum(1).mean())
+        return math.sqrt(square + float(self._center.double().pow(2).sum()))
 
     @torch.no_grad()
     def encode(self, questions: Sequence[str]) -> Tensor:
@@ -75,6 +84,12 @@ class ClipTextEncoder:
             raise BadInput(f"model.text_encoder: cannot load '{name}' as a CLIP text model: {error}") from error
         self.name, self.dim = name, int(self._model.config.hidden_size)
         self._length = min(77, int(self._model.config.max_position_embeddings))
+
+    @cached_property
+    def norm(self) -> float:
+        """About the norm of a feature, from the encoder's own numbers alone: √(|γ|² + |β|²) of its last LayerNorm."""
+        last = getattr(self._model, "text_model", self._model).final_layer_norm
+        return math.hypot(*(float(part.detach().double().norm()) for part in (last.weight, last.bias)))
 
     @torch.no_grad()
     def encode(self, questions: Sequence[str]) -> Tensor:

@@ -1,14 +1,16 @@
 """Answering and scoring: the subspaces that a router activates, mixed per input in one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedstrata.client.lora import adapted
-from fedstrata.client.mixture import Mixture
+from fedstrata.client.alone import batches_of
+from fedstrata.client.banks import bank_of
+from fedstrata.client.generation import decode, generate, greedy, passing, questions
 from fedstrata.client.model import BaseModel
 from fedstrata.core.answers import normalise
 from fedstrata.core.identity import Token
@@ -17,6 +19,8 @@ from fedstrata.core.scoring import SCORERS
 from fedstrata.scenarios.rows import rows_of
 from fedstrata.scenarios.stream import Example, Task
 from fedstrata.strategies.base import Inputs, Router, Weights
+
+__all__ = ["Answerer", "Answers", "context_of", "generate", "identify", "references", "score"]
 
 
 @dataclass(frozen=True)
@@ -32,21 +36,22 @@ class Answerer:
 
     def __init__(self, base: BaseModel, knowledge: Knowledge, router: Router, scaling: float) -> None:
         self.base, self.router = base, router
-        flats, dtype = knowledge.adapters, torch.float32
-        self.bank = Mixture.of(flats, base.layout, scaling, base.device, dtype, knowledge.shared) if flats else None
+        self.bank = bank_of(base, knowledge, scaling)
 
     def answer(
         self, examples: Sequence[Example], task: int, batch_size: int, max_length: int, overlong: str = "refuse"
     ) -> Answers:
-        """Greedy answers, `batch_size` examples in one generation."""
-        texts: list[str] = []
-        weights = self.weigh(examples, task)
-        with adapted(self.base, self.bank):
-            for start in range(0, len(examples), batch_size):
-                stop = start + batch_size
+        """Greedy answers, `batch_size` examples of like length in one generation."""
+        weights, texts = self.weigh(examples, task), [""] * len(examples)
+        alphas, rows = torch.from_numpy(weights), questions(self.base, examples, max_length, overlong)
+        shared = passing(self.base, rows) if (weights == weights[:1]).all() else 0  # tokens that one merge serves
+        with nullcontext() if self.bank is None else self.bank.on(self.base):
+            for places in batches_of(self.bank, alphas, [len(row.prompt) for row in rows], batch_size):
+                batch = [rows[place] for place in places]
                 if self.bank is not None:
-                    self.bank.activate(torch.from_numpy(weights[start:stop]))
-                texts += generate(self.base, examples[start:stop], max_length, overlong)
+                    self.bank.activate(alphas[places], shared)
+                for place, text in zip(places, decode(self.base, greedy(self.base, batch)), strict=True):
+                    texts[place] = text
         return Answers(tuple(texts), weights)
 
     def weigh(self, examples: Sequence[Example], task: int) -> Weights:
@@ -55,26 +60,6 @@ class Answerer:
         if self.router.needs_features and self.bank is not None:
             features = self.base.encoder.encode([example.question for example in examples]).numpy()
         return self.router.weights(Inputs(features, [task] * len(examples), [example.id for example in examples]))
-
-
-@torch.no_grad()
-def generate(base: BaseModel, examples: Sequence[Example], max_length: int, overlong: str = "refuse") -> list[str]:
-    """One batch of greedy answers to the first questions, prompts padded on the left.
-
-    overlong: cut: a question is cut as if its answer were empty, so that what is asked does not depend on it.
-    """
-    asked = [replace(example, more=(), answer="" if overlong == "cut" else example.answer) for example in examples]
-    prepared = base.prepare(asked, max_length, overlong)
-    batch = base.embed([p.prompt for p in prepared], [p.features for p in prepared], left=True)
-    tokens = base.model.generate(
-        inputs_embeds=batch.embeds,
-        attention_mask=batch.mask,
-        max_new_tokens=base.max_new_tokens,
-        do_sample=False,
-        pad_token_id=base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else 0,
-        eos_token_id=base.tokenizer.eos_token_id,
-    )
-    return [text.strip() for text in base.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def identify(base: BaseModel, examples: Sequence[Example]) -> Token:

@@ -1,15 +1,14 @@
 """Pictures as frozen image features, each computed once per process while a bounded cache holds it."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
-from PIL import Image
 
 from fedstrata.client.prompts import Prepared
-from fedstrata.core.shapes import PROJECTOR
+from fedstrata.client.vision import Kept, Vision
+from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.stream import ImageSource
 
 CACHE_BYTES = 512 * 2**20
@@ -24,17 +23,13 @@ class Pictured(Protocol):
 
 
 class Pictures:
-    """The vision tower of a LLaVA, with its projector while that is frozen.
+    """A LLaVA's pictures, as far as its vision side is frozen."""
 
-    fit: processor: pictures are resized and cut as the processor's settings say; pad: first made square.
-    projected: whether features have passed the projector: [image tokens, hidden], else [image tokens, tower's hidden].
-    """
-
-    def __init__(self, model: Any, processor: Any, fit: str, projected: bool) -> None:
-        self.model, self.processor, self.fit, self.projected = model, processor, fit, projected
+    def __init__(self, vision: Vision) -> None:
+        self.vision = vision
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
-        self._count = 0
+        self._count = vision.tokens() if vision.kept is Kept.PIXELS else 0
 
     def of(self, examples: Sequence[Pictured]) -> list[torch.Tensor | None]:
         """Per example the features of its picture, None without one."""
@@ -44,7 +39,9 @@ class Pictures:
         names = list(missing)
         for start in range(0, len(names), CHUNK):
             chunk = names[start : start + CHUNK]
-            found.update(zip(chunk, self._compute([cast(ImageSource, missing[name]) for name in chunk]), strict=True))
+            found.update(
+                zip(chunk, self.vision.compute([cast(ImageSource, missing[name]) for name in chunk]), strict=True)
+            )
         self._remember({name: found[name] for name in names})
         return [None if key is None else found[key] for key in keys]
 
@@ -56,7 +53,7 @@ class Pictures:
             chunk = missing[start : start + CHUNK]
             if self._bytes + len(chunk) * self._each() > CACHE_BYTES:
                 return
-            features = self._compute([source for _, source in chunk])
+            features = self.vision.compute([source for _, source in chunk])
             self._remember({key: value for (key, _), value in zip(chunk, features, strict=True)})
 
     def count(self, examples: Sequence[Pictured]) -> int:
@@ -66,28 +63,13 @@ class Pictures:
             self._count = len(cast(torch.Tensor, self.of([first])[0]))
         return self._count
 
+    def finish(self, features: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """What the language model reads of a batch's features, [image tokens, hidden] per row."""
+        return self.vision.finish(features)
+
     def _each(self) -> int:
         """Bytes of one picture's features; 0 while none is known."""
         return self._bytes // max(1, len(self._cache))
-
-    @torch.no_grad()
-    def _compute(self, sources: Sequence[ImageSource]) -> list[torch.Tensor]:
-        pictures = [self._fitted(source.open()) for source in sources]
-        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        with nullcontext() if self.projected else _bare(self.model):
-            outputs = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-        return [output.clone() for output in outputs]
-
-    def _fitted(self, picture: Image.Image) -> Image.Image:
-        """Padded on two sides to a square, as LLaVA-1.5 does it and as FCIT's boxes count."""
-        if self.fit != "pad" or picture.width == picture.height:
-            return picture
-        side = max(picture.size)
-        mean = tuple(int(value * 255) for value in self.processor.image_processor.image_mean)
-        square = Image.new("RGB", (side, side), cast(tuple[int, int, int], mean))
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        return square
 
     def _remember(self, features: dict[str, torch.Tensor]) -> None:
         for key, value in features.items():
@@ -98,22 +80,37 @@ class Pictures:
             self._bytes -= old.numel() * old.element_size()
 
 
-@contextmanager
-def _bare(model: Any) -> Iterator[None]:
-    """While open, the projector hands on what it is given: transformers' own selection of the tower's layers holds."""
-    handle = projector_of(model).register_forward_hook(lambda _, args, out: args[0])
-    try:
-        yield
-    finally:
-        handle.remove()
+class NoPictures:
+    """What a language model without vision has instead: an example with a picture is refused by its id."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the base's, for the message."""
+        self.name = name
+
+    def of(self, examples: Sequence[Pictured]) -> list[torch.Tensor | None]:
+        """None for each example. Raises `BadInput` when one has a picture."""
+        for example in examples:
+            if example.image is not None:
+                which = getattr(example, "id", "with a picture")
+                rule = f"has a picture, but model.name {self.name!r} is a language model without vision"
+                raise BadInput(f"example {which}: {rule}")
+        return [None] * len(examples)
+
+    def warm(self, examples: Sequence[Pictured]) -> None:
+        """Nothing is kept."""
+        self.of(examples)
+
+    def count(self, examples: Sequence[Pictured]) -> int:
+        """No image tokens."""
+        self.of(examples)
+        return 0
+
+    def finish(self, features: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """As they are."""
+        return features
 
 
-def projector_of(model: Any) -> torch.nn.Module:
-    """The multimodal projector of a LLaVA."""
-    return cast(torch.nn.Module, getattr(model.model, PROJECTOR))
-
-
-def features_of(pictures: Pictures, rows: Sequence[Prepared]) -> list[torch.Tensor | None]:
+def features_of(pictures: Pictures | NoPictures, rows: Sequence[Prepared]) -> list[torch.Tensor | None]:
     """The features that rows carry, or those of their pictures."""
     carried = [row.features is not None or row.image is None for row in rows]
     return [row.features for row in rows] if all(carried) else pictures.of(rows)

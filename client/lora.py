@@ -1,6 +1,6 @@
 """LoRA with a client dimension: C clients' adapters on one frozen base, or K subspaces mixed per input, in one forward.
 
-The base model is never changed: a forward hook on each adapted Linear adds its delta while the bank is open. The
+The base model's weights are never changed: while the bank is open, its forward stands in for each adapted Linear's. The
 layout's dense tail works alike: a Linear of the projector gets x ΔWᵀ + Δb added, which is what W + ΔW, b + Δb give.
 Two things differ from training W itself: weight decay pulls towards the base's projector, not towards 0; and a step
 without a picture has the gradient 0, so that the tail moves by its moments alone.
@@ -9,14 +9,16 @@ without a picture has the gradient 0, so that the tail moves by its moments alon
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from fedstrata.client.dropout import Dropout
+from fedstrata.client.lowrank import low_rank
 from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
 from fedstrata.core.adapters import Flat, Layout
@@ -82,12 +84,16 @@ class Cohort:
         """out + γ B_c A_c x for the rows of each client c; x [C·b, L, in] passes the dropout first, if there is one."""
         if name not in self.factors:
             return self._dense_delta(name, x, out)
-        a, b = (factor[: self.active] for factor in self.factors[name])
-        x = x if self.dropout is None else self.dropout(x)
-        rows = x.reshape(self.active, -1, x.shape[-1]).to(a.dtype)
-        hidden = torch.bmm(rows, a.transpose(1, 2))
-        base = out.reshape(self.active, -1, out.shape[-1]).to(a.dtype)
-        return torch.baddbmm(base, hidden, b.transpose(1, 2), alpha=self.scaling).view(out.shape).to(out.dtype)
+        x = x if self.dropout is None else self.dropout(x, name)
+        return out + low_rank(x, *self._active(name), self.scaling).to(out.dtype)
+
+    def linear(self, name: str, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """The layer and what is added to it, in one: x Wᵀ + b + γ x A_cᵀ B_cᵀ."""
+        return low_rank(x, *self._active(name), self.scaling, layer.weight, layer.bias)
+
+    def _active(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = self.factors[name]
+        return (a, b) if self.active == len(a) else (a[: self.active], b[: self.active])
 
     def _dense_delta(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """out + ΔW_c x + Δb_c."""
@@ -101,20 +107,33 @@ class Cohort:
 @contextmanager
 def adapted(base: BaseModel, bank: Cohort | Mixture | None) -> Iterator[None]:
     """While open, the base model answers with the bank's deltas; None leaves it as it is."""
-    names = [] if bank is None else [*bank.factors, *dict.fromkeys(name.rpartition(".")[0] for name in bank.dense)]
-    handles = [_hook(base.module(name), name, bank) for name in names if bank is not None]
+    with ExitStack() as stack:
+        if isinstance(bank, Mixture):
+            stack.enter_context(bank.on(base))
+        elif bank is not None:
+            for name in (*bank.factors, *dict.fromkeys(name.rpartition(".")[0] for name in bank.dense)):
+                stack.enter_context(_changed(base.module(name), name, bank))
+        yield
+
+
+@contextmanager
+def _changed(layer: nn.Module, name: str, bank: Cohort) -> Iterator[None]:
+    """Puts the bank's forward into the place of the layer's own."""
+    before, plain = vars(layer).get("forward"), layer.forward
+    whole = type(layer) is nn.Linear and before is None and name in bank.factors
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if whole and bank.dropout is None:
+            return bank.linear(name, cast(nn.Linear, layer), x)
+        return bank.delta(name, x, plain(x))
+
+    vars(layer)["forward"] = forward
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(module: nn.Module, name: str, bank: Cohort | Mixture) -> torch.utils.hooks.RemovableHandle:
-    def add(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-        return bank.delta(name, args[0], out)
-
-    return module.register_forward_hook(add)
+        del vars(layer)["forward"]
+        if before is not None:
+            vars(layer)["forward"] = before
 
 
 def _leaf(flat: torch.Tensor, gradient: torch.Tensor, where: slice, shape: tuple[int, ...]) -> torch.Tensor:

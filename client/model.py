@@ -1,34 +1,41 @@
 """The frozen base model of one process: loaded once, never written.
 
-The same code opens the embedded base, a local LLaVA folder and a hub name.
+The same code opens the embedded base, a local folder and a hub name; a LLaVA, or a causal language model alone.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
+from fedstrata.client.checkpointing import checkpointed
 from fedstrata.client.encoder import ClipTextEncoder, TokenMeanEncoder, load_encoder
-from fedstrata.client.features import Pictured, Pictures, projector_of
+from fedstrata.client.features import NoPictures, Pictured, Pictures
+from fedstrata.client.loading import TINY, check_language_model, find, give_back, open_base
 from fedstrata.client.prompts import Prepared, Prompts
+from fedstrata.client.vision import Kept, Vision
 from fedstrata.core.config import LoraSection, ModelSection
 from fedstrata.core.errors import BadInput
-from fedstrata.core.shapes import find_layout
+from fedstrata.core.shapes import find_layout, language_model
 from fedstrata.scenarios.stream import Example
 
-TINY = Path(__file__).parent / "tiny"
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+__all__ = ["TINY", "BaseModel", "Embedded", "load_base"]
 
 
 class BaseModel:
-    """A LLaVA with its processor, text encoder and the layout of the layers that adapters change."""
+    """A base with its processor, text encoder and the layout of the layers that adapters change.
+
+    Attributes:
+        processor: a LLaVA's; None where the base is a language model alone.
+        image_token: the image tag's token; None where the base sees no pictures.
+    """
 
     def __init__(self, section: ModelSection, lora: LoraSection, projector: str = "frozen") -> None:
         """projector: shared: it is trained, so features are kept from before it and `embed` projects them.
@@ -36,46 +43,36 @@ class BaseModel:
         Raises:
             BadInput: a base that cannot be loaded whole, lacks one of lora.targets or refuses model.system.
         """
-        import transformers
-
-        # typed loosely: transformers' own annotations of its factories do not hold under mypy strict
-        loaders: Any = transformers
-        loaders.utils.logging.disable_progress_bar()
-        loaders.utils.logging.set_verbosity_error()  # what matters in its load report is checked below
-        self.folder = _find(section.name)
-        self.device = _device(section.device)
-        dtype = getattr(torch, section.dtype)
-        try:
-            config = loaders.AutoConfig.from_pretrained(self.folder)
-            if config.model_type != "llava":  # another model's folder would give a LLaVA of 7 B random weights
-                raise ValueError(f"it must be of model type 'llava', got {config.model_type!r}")
-            self.model: Any
-            self.model, report = loaders.LlavaForConditionalGeneration.from_pretrained(
-                self.folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=section.attention,
-                ignore_mismatched_sizes=True,  # so that the report names them
-                output_loading_info=True,
-            )
-            self.processor: Any = loaders.AutoProcessor.from_pretrained(self.folder)
-        except Exception as error:  # a corrupt file surfaces as one of many types, all of them the user's to mend
-            raise BadInput(f"model.name: cannot load {section.name!r}: {_first_line(error)}") from error
-        _check_whole(section.name, report)
-        self.model.to(self.device).eval().requires_grad_(False)
-        self.tokenizer: Any = self.processor.tokenizer
+        self.folder = find(section.name)
+        self.model: Any
+        self.model, reader = open_base(section)
+        self.device: torch.device = self.model.device
         self.name = section.name
         self.max_new_tokens = section.max_new_tokens
-        self.image_token = int(self.model.config.image_token_id)
-        self.layout = find_layout(self.model, lora.targets, projector)
-        self.prompts = Prompts(self.processor, self.image_token, section.system)
-        self.pictures = Pictures(self.model, self.processor, section.image_fit, projected=not self.layout.dense)
+        self.layout = find_layout(self.model, lora.targets, projector, lora.kind)
         self._encoder_name = section.text_encoder
+        self._language = language_model(self.model)
+        beside = [name for name, _, _ in self.layout.modules if not name.startswith(f"{self._language}.")]
+        self._beside = len(beside) == len(self.layout.modules)  # adapters on the vision side alone
+        if lora.dropout and beside:
+            raise BadInput("lora.dropout: must be 0 where layers outside the language model are adapted")
+        self.processor: Any = reader if self.model.config.model_type == "llava" else None
+        self.tokenizer: Any = reader if self.processor is None else reader.tokenizer
+        self.image_token: int | None = None
+        self.pictures: Pictures | NoPictures = NoPictures(section.name)
+        if self.processor is None:
+            layers = {layer: self.module(layer) for layer, _, _ in self.layout.modules}
+            check_language_model(section.name, self.model, self.backbone, layers)
+        else:
+            self.image_token = int(self.model.config.image_token_id)
+            self.pictures = Pictures(Vision(self.model, reader, section.image_fit, Kept.of(self.layout)))
+        self.prompts = Prompts(reader, self.image_token, section.system)
+        give_back()
 
     @cached_property
     def encoder(self) -> TokenMeanEncoder | ClipTextEncoder:
         """The text encoder for identity tokens; loaded when a method first asks for it."""
-        embedding = self.model.get_input_embeddings().weight.detach().float().cpu()
+        embedding = self.model.get_input_embeddings().weight
         return load_encoder(self._encoder_name, self.folder, self.tokenizer, embedding)
 
     @cached_property
@@ -84,7 +81,7 @@ class BaseModel:
         sha = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())  # read in place, not copied
         return sha.hexdigest()[:16]
 
     def module(self, name: str) -> nn.Module:
@@ -93,12 +90,20 @@ class BaseModel:
     @property
     def backbone(self) -> Any:
         """The language model without its head: inputs_embeds [B, L, hidden] → last_hidden_state of the same shape."""
-        return self.model.model.language_model
+        return self.module(self._language)
 
     @property
     def head(self) -> Any:
         """Hidden states [..., hidden] → logits [..., vocabulary]."""
-        return self.model.lm_head
+        return self.model.get_output_embeddings()
+
+    def training(self, checkpointing: bool) -> AbstractContextManager[None]:
+        """Open while a cohort trains. checkpointing: a layer's activations are computed again for its gradient.
+
+        Raises:
+            BadInput: checkpointing, and layers that are not fit for it.
+        """
+        return checkpointed(self.backbone) if checkpointing else nullcontext()
 
     def prompt(self, example: Example) -> str:
         """The chat template around the question, ready for the answer."""
@@ -126,32 +131,22 @@ class BaseModel:
     def embed(self, rows: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None], left: bool) -> "Embedded":
         """Pads token rows to one length (on the left for generation) and puts the image features in their places.
 
-        A trained projector runs here, for every row, so that each client's rows meet its own projector.
+        What is trained of the vision side runs here, for every row, so that each client's rows meet its own.
         """
         length = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.full((len(rows), length), pad, dtype=torch.long)
-        mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for index, row in enumerate(rows):
-            where = slice(length - len(row), length) if left else slice(0, len(row))
-            ids[index, where] = torch.tensor(row, dtype=torch.long)
-            mask[index, where] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        spare = [length - len(row) for row in rows]
+        padded = [[pad] * k + [*row] if left else [*row] + [pad] * k for row, k in zip(rows, spare, strict=True)]
+        marks = [[0] * k + [1] * (length - k) if left else [1] * (length - k) + [0] * k for k in spare]
+        ids, mask = (torch.from_numpy(np.array(numbers)).to(self.device) for numbers in (padded, marks))
         embeds = self.model.get_input_embeddings()(ids)
-        given = [feature for feature in self._project(features) if feature is not None]
+        given = [feature for feature in self.pictures.finish(features) if feature is not None]
         if given:
             places = ((ids == self.image_token) & (mask == 1)).unsqueeze(-1).expand_as(embeds)
             embeds = embeds.masked_scatter(places, torch.cat(given).to(embeds.dtype))
+        if self._beside and torch.is_grad_enabled() and not embeds.requires_grad:
+            embeds.requires_grad_()  # nothing here meets an adapter, and its gradient is 0
         return Embedded(embeds, mask)
-
-    def _project(self, features: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
-        """Rows without a picture pass as zeros, which nothing reads: client c owns the c-th equal part of the rows."""
-        first = next((feature for feature in features if feature is not None), None)
-        if first is None or not self.layout.dense:
-            return features
-        zeros = torch.zeros_like(first)
-        rows = projector_of(self.model)(torch.stack([zeros if f is None else f for f in features]))
-        return [None if f is None else row for f, row in zip(features, rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -166,30 +161,3 @@ class Embedded:
 def load_base(model: str, lora: str, projector: str = "frozen") -> BaseModel:
     """The process's base model for these config sections (JSON, so that equal sections share one load)."""
     return BaseModel(ModelSection(**json.loads(model)), LoraSection(**json.loads(lora)), projector)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("model.device: 'cuda' was asked for, but torch finds no GPU here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _find(name: str) -> str:
-    """The embedded base's folder, a folder, or a hub name as it is; anything else never reaches the network."""
-    if name == "tiny":
-        return str(TINY)
-    if not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
-        raise BadInput(f"model.name: must be 'tiny', a folder or a hub name (owner/name), got {name!r}")
-    return name
-
-
-def _check_whole(name: str, report: Any) -> None:
-    """transformers fills weights that are missing or of another shape with random numbers and only remarks on it."""
-    names = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
-    if names:
-        fault = f"weights are missing or of another shape than its config says ({len(names)})"
-        raise BadInput(f"model.name: cannot load {name!r}: {fault}: {', '.join(sorted(names)[:3])}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
+from torch.optim.adamw import adamw
 
 from fedstrata.client.lora import Cohort
 from fedstrata.core.config import TrainSection
@@ -41,22 +42,36 @@ class AdamW:
     @torch.no_grad()
     def step(self, number: int) -> None:
         """Step `number` (from 1) of the active clients; the others' values and moments keep their bits."""
-        s, active = self.settings, self.cohort.active
-        gradient = self.cohort.gradient[:active]
-        if s.max_grad_norm:
+        settings, active = self.settings, self.cohort.active
+        if settings.max_grad_norm:
+            gradient = self.cohort.gradient[:active]
             norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-            gradient = gradient * (s.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-        self.mean[:active].lerp_(gradient, 1 - BETAS[0])
-        self.square[:active].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        rates = [rate(s, number, steps) for steps in self.steps[:active]]
+            gradient.mul_((settings.max_grad_norm / (norms + 1e-6)).clamp_(max=1.0))
+        rates = [rate(settings, number, steps) for steps in self.steps[:active]]
         first = 0
-        for lr, same in groupby(rates):  # one scalar per call, so that a client's bits are those it gets alone
+        for lr, same in groupby(rates):
             last = first + len(list(same))
             self._move(slice(first, last), lr, number)
             first = last
 
     def _move(self, who: slice, lr: float, number: int) -> None:
-        theta = self.cohort.flat[who]
-        theta.mul_(1 - lr * self.settings.weight_decay)
-        root = (self.square[who].sqrt() / math.sqrt(1 - BETAS[1] ** number)).add_(EPSILON)
-        theta.addcdiv_(self.mean[who], root, value=-lr / (1 - BETAS[0] ** number))
+        """torch's own step, in one pass over the rows of clients with one learning rate."""
+        tensors = (self.cohort.flat, self.cohort.gradient, self.mean, self.square)
+        values, gradients, means, squares = ([tensor[who].detach()] for tensor in tensors)
+        done = torch.full((), float(number - 1), device=self.cohort.flat.device)  # torch counts it up
+        adamw(
+            values,
+            gradients,
+            means,
+            squares,
+            max_exp_avg_sqs=[],
+            state_steps=[done],
+            fused=True,
+            amsgrad=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=lr,
+            weight_decay=self.settings.weight_decay,
+            eps=EPSILON,
+            maximize=False,
+        )

@@ -10,6 +10,13 @@ from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.stream import Example, ImageSource
 
 Turn = dict[str, Any]
+PLAIN = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + ' ' }}"
+    "{% elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""The template of a language model that ships none: `USER: what? ASSISTANT: that</s>`, a system sentence before it."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,18 @@ class Prepared:
 
 
 class Prompts:
-    """A processor's chat template around questions, ready for the answer; `image_token` is the image tag's token."""
+    """A base's chat template around questions, ready for the answer."""
 
-    def __init__(self, processor: Any, image_token: int, system: str = "") -> None:
-        """Raises `BadInput` when there is a system sentence and the template has no place for one."""
-        self.processor, self.tokenizer, self.image_token = processor, processor.tokenizer, image_token
+    def __init__(self, reader: Any, image_token: int | None, system: str = "") -> None:
+        """`reader` is a processor and `image_token` the image tag's token, or a tokenizer and None: text alone.
+
+        Raises:
+            BadInput: no end-of-sequence token, or a system sentence for which the template has no place.
+        """
+        self.reader, self.image_token = reader, image_token
+        self.tokenizer = reader if image_token is None else reader.tokenizer
+        if self.tokenizer.eos_token_id is None:
+            raise BadInput("model.name: the base's tokenizer has no end-of-sequence token, which ends every answer")
         self.system = [_turn("system", system)] if system else []
         if system:
             self._check(system)
@@ -72,32 +86,53 @@ class Prompts:
         prompt, answer = self._pair(self.text(example), example.answer, special=True)
         supervised = [True] * len(answer)
         for question, reply in example.more:
-            asked, said = self._pair(self._render([_turn("user", question)]), reply, special=False)
+            asked, said = self._pair(self._later(question), reply, special=False)
             answer += asked + said
             supervised += [False] * len(asked) + [True] * len(said)
-        if prompt.count(self.image_token) != (example.image is not None):
+        if self.image_token is not None:
+            prompt = self._opened(example, prompt, answer, patches, self.image_token)
+        return Prepared(tuple(prompt), tuple(answer), tuple(supervised), example.image)
+
+    def _opened(self, example: Example, prompt: list[int], answer: list[int], patches: int, tag: int) -> list[int]:
+        """The prompt with the image tag's token once for each of the picture's features."""
+        if prompt.count(tag) != (example.image is not None):
             raise BadInput(f"example {example.id}: the question must not hold the image tag's token")
-        if self.image_token in answer:
+        if tag in answer:
             raise BadInput(f"example {example.id}: no answer and no further turn may hold the image tag's token")
         if example.image is not None:
-            at = prompt.index(self.image_token)
-            prompt[at : at + 1] = [self.image_token] * patches
-        return Prepared(tuple(prompt), tuple(answer), tuple(supervised), example.image)
+            at = prompt.index(tag)
+            prompt[at : at + 1] = [tag] * patches
+        return prompt
 
     def _pair(self, text: str, answer: str, special: bool) -> tuple[list[int], list[int]]:
         """Ids of a rendered question and of its answer with the end-of-sequence token.
 
-        special: the start of the sequence, where the tokenizer adds its own tokens; a later turn has none.
+        special: the start of the sequence, where the tokenizer adds its own tokens unless the template did so; a
+        later turn has none.
         """
-        if not special and self.tokenizer.bos_token:
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        if begun and not special:
             text = text.removeprefix(self.tokenizer.bos_token)
+        special = special and not begun
+        gap = "" if text[-1:].isspace() else " "
         asked: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         # tokenised together, since some tokenizers merge over the border; the tokens behind the prompt's are the answer
-        whole: list[int] = self.tokenizer(f"{text} {answer}", add_special_tokens=special)["input_ids"]
+        whole: list[int] = self.tokenizer(f"{text}{gap}{answer}", add_special_tokens=special)["input_ids"]
         return list(asked), [*whole[len(asked) :], self.tokenizer.eos_token_id]
 
-    def _render(self, turns: Sequence[Turn]) -> str:
-        return str(self.processor.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
+    def _later(self, question: str) -> str:
+        """What a further question adds to a conversation: some templates begin one with words of their own."""
+        before = [_turn("user", "?"), _turn("assistant", "!")]
+        start, whole = self._render(before, ask=False), self._render([*before, _turn("user", question)])
+        return whole.removeprefix(start) if whole.startswith(start) else self._render([_turn("user", question)])
+
+    def _render(self, turns: Sequence[Turn], ask: bool = True) -> str:
+        """ask: with the words that call for an answer."""
+        options: dict[str, Any] = {"add_generation_prompt": ask, "tokenize": False}
+        if self.image_token is None:  # a tokenizer's template knows no parts, and may not exist
+            turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
+            options["chat_template"] = self.tokenizer.chat_template or PLAIN
+        return str(self.reader.apply_chat_template(list(turns), **options))
 
     def _check(self, system: str) -> None:
         """The sentence must come out, and not as another role's words: some templates know only two roles."""

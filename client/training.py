@@ -6,6 +6,7 @@ client is a cohort of one. Equality with a plain PEFT loop is tested.
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fedstrata.client.batching import Batch, Rows, batches, collate, pieces, supervised
+from fedstrata.client.answers import answers_only
+from fedstrata.client.batching import Batch, Rows, batches, collate, length, pieces, supervised
 from fedstrata.client.dropout import Dropout
 from fedstrata.client.local import LocalContext
 from fedstrata.client.lora import Cohort, adapted
 from fedstrata.client.model import BaseModel
 from fedstrata.client.optimiser import AdamW
+from fedstrata.client.tokens import tokens
 from fedstrata.core.adapters import Flat
 from fedstrata.core.config import TrainSection
 from fedstrata.scenarios.stream import Example
@@ -32,13 +35,15 @@ class Job:
     """One client's work: its examples, the adapter it starts from and the seed of its batch order and dropout.
 
     Attributes:
-        payload: what the strategy sent beside the adapter.
+        options: the scalars that the strategy sent with the adapter.
+        payload: the arrays that it sent beside the adapter.
         memory: what this client remembers of its earlier rounds.
     """
 
     examples: Sequence[Example]
     flat: Flat
     seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
     payload: Mapping[str, Any] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)
 
@@ -74,90 +79,85 @@ def train(
     Raises:
         BadInput: an example that is too long, or one whose text holds the image tag's token.
     """
+    if base.layout.kind != "lora":  # `core.adapters.unfusable`
+        from fedstrata.client import alone  # it needs this module's loss
+
+        return alone.train(base, jobs, settings, scaling, half, dtype, dropout)
     began = time.perf_counter()
     half = half or LocalHalf()
     for job in jobs:
         base.pictures.warm(job.examples)
-    prepared = [base.tokenise(job.examples, settings.max_length, settings.overlong) for job in jobs]
+    prepared = [tokens(base, job.examples, settings) for job in jobs]
     plans = [batches(len(job.examples), settings, job.seed) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: -len(plans[index]))  # stable: who has more steps comes first
+    steps = [len(plans[index]) for index in order]
     cohort = Cohort.of([jobs[index].flat for index in order], base.layout, scaling, base.device, dtype)
     cohort.dropout = Dropout(dropout, base.device) if dropout else None
-    optimiser = AdamW(cohort, settings, [len(plans[index]) for index in order])
-    losses: list[list[float]] = [[] for _ in jobs]
-    ctx = LocalContext(base, cohort, [jobs[index] for index in order], settings)
-    with ctx, adapted(base, cohort):
+    optimiser = AdamW(cohort, settings, steps)
+    ctx = LocalContext(base, cohort, [jobs[index] for index in order], settings, steps)
+    losses = []
+    with adapted(base, cohort), base.training(settings.checkpointing), ctx:  # what a hook opens closes first
         half.begin(ctx)
-        for step in range(len(plans[order[0]])):
-            cohort.active = sum(len(plans[index]) > step for index in order)
-            active = order[: cohort.active]
-            rows = [[prepared[index][row] for row in plans[index][step]] for index in active]
+        for step in range(steps[0]):
+            ctx.step, cohort.active = step, sum(count > step for count in steps)
+            rows = [[prepared[index][row] for row in plans[index][step]] for index in order[: cohort.active]]
             cohort.gradient.zero_()
-            parts = _passes(base, cohort, rows, settings.micro_batch, half, ctx, (step, [jobs[i].seed for i in active]))
-            half.on_gradients(ctx, cohort.named(cohort.gradient))
+            losses.append(passes(ctx, half, rows))
+            if _has(half, "on_gradients"):
+                half.on_gradients(ctx, cohort.named(cohort.gradient))
             optimiser.step(step + 1)
-            half.on_step(ctx, cohort.named(cohort.flat))
-            for index, value in zip(order, parts.tolist(), strict=False):
-                losses[index].append(value)
-    extras = ctx.apart(half.end(ctx))
+            if _has(half, "on_step"):
+                half.on_step(ctx, cohort.named(cohort.flat))
+        cohort.active = len(jobs)
+        extras = ctx.apart(half.end(ctx))
     return _results(ctx, order, losses, extras, time.perf_counter() - began)
 
 
-def _passes(
-    base: BaseModel,
-    cohort: Cohort,
-    rows: Rows,
-    most: int,
-    half: LocalHalf,
-    ctx: LocalContext,
-    draws: tuple[int, Sequence[int]],
-) -> torch.Tensor:
-    """Forward and backward of one step in pieces of at most `most` rows per client; the loss [C] of the whole step.
+def _has(half: LocalHalf, hook: str) -> bool:
+    """Whether a method has a hook of its own: views for one that does nothing are not made."""
+    return getattr(type(half), hook) is not getattr(LocalHalf, hook)
 
-    draws: the step's number and each client's seed, for the dropout.
-    """
-    totals, loss = supervised(rows), torch.zeros(())
-    parts = list(pieces(rows, most))
-    for first, mine in parts:
+
+def passes(ctx: LocalContext, half: LocalHalf, rows: Rows) -> torch.Tensor:
+    """Forward and backward of one step, piece by piece; the loss [active] of the whole step."""
+    base, cohort, totals, losses = ctx.base, ctx.cohort, supervised(rows), []
+    parts = pieces(rows, ctx.settings.micro_batch)
+    for places, mine in parts:
         if cohort.dropout is not None:
-            lengths = [[len(row.prompt) + len(row.answer) for row in own] for own in mine]
-            cohort.dropout.begin(lengths, draws[1], draws[0], first)
+            lengths = [[length(row) for row in own] for own in mine]
+            cohort.dropout.begin(lengths, [job.seed for job in ctx.jobs[: cohort.active]], ctx.step, places)
         batch = collate(base, mine, totals, 1 / len(parts))
-        piece = half.loss(ctx, batch, None, answer_loss(base, batch, cohort.active))
-        torch.autograd.backward(piece.sum())
-        loss = loss + piece.detach().cpu()
-    return loss
+        with nullcontext() if cohort.dropout else answers_only(base, batch):  # what is drawn depends on positions
+            piece = half.loss(ctx, batch, None, answer_loss(base, batch, cohort.active))
+            torch.autograd.backward(piece.sum())
+        losses.append(piece.detach())
+    return sum(losses[1:], losses[0])
 
 
 def _results(
     ctx: LocalContext,
     order: Sequence[int],
-    losses: Sequence[Sequence[float]],
+    losses: Sequence[torch.Tensor],
     extras: Sequence[Mapping[str, Any]],
     seconds: float,
 ) -> list[Trained]:
-    """In the order of the jobs; `ctx` and `extras` are in the cohort's order."""
-    flats, total = ctx.cohort.flat.detach().float().cpu().numpy(), sum(map(len, losses))
-    place = {index: row for row, index in enumerate(order)}
-    done = []
-    for index, mine in enumerate(losses):
-        row = place[index]
+    """In the order of the jobs; `ctx` and `extras` are in the cohort's order, `losses` [active] are per step."""
+    flats, total = ctx.cohort.flat.detach().float().cpu().numpy(), sum(ctx.steps)
+    told = [loss.tolist() for loss in losses]  # once, behind the last step: a GPU is not waited for in between
+    done = {}
+    for row, index in enumerate(order):
+        mine = [loss[row] for loss in told[: ctx.steps[row]]]
         cost = (float(np.mean(mine)), len(mine), seconds * len(mine) / total)
-        done.append(Trained(np.ascontiguousarray(flats[row]), *cost, extras[row], ctx.memories[row]))
-    return done
+        done[index] = Trained(np.ascontiguousarray(flats[row]), *cost, extras[row], ctx.memories[row])
+    return [done[index] for index in range(len(order))]
 
 
 def answer_loss(base: BaseModel, batch: Batch, clients: int) -> torch.Tensor:
     """Each client's mean cross-entropy over its answer tokens, [C]; the head runs at answer positions only."""
-    hidden = base.backbone(inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=False).last_hidden_state[
-        :, :-1
-    ]
-    chosen = batch.weight > 0
-    logits = base.head(hidden[chosen])
-    nll = F.cross_entropy(
-        logits.float() if logits.dtype != torch.float64 else logits, batch.labels[chosen], reduction="none"
-    )
-    owner = torch.nonzero(chosen)[:, 0] // batch.size
-    return torch.zeros(clients, dtype=nll.dtype, device=nll.device).index_add(
-        0, owner, nll * batch.weight[chosen].to(nll.dtype)
-    )
+    out = base.backbone(inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=False)
+    hidden = out.last_hidden_state.flatten(0, 1).index_select(0, batch.places)
+    logits = base.head(hidden)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    nll = F.cross_entropy(logits.to(wide), batch.labels, reduction="none")
+    weighted = nll * batch.weight.to(wide)
+    return torch.zeros(clients, dtype=wide, device=nll.device).index_add(0, batch.owner, weighted)

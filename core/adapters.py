@@ -1,23 +1,41 @@
 """An adapter on the wire is one flat float32 vector; a `Layout` says which Linear layers it adapts and how to read it.
 
 Per layer, in the order of their names: A [rank, in], then B [out, rank], both row-major. The rank is not part of the
-layout: one layout serves a subspace of rank r and a concatenation of K of them. A run that also trains the multimodal
-projector appends a dense tail: per projector parameter the difference to the base's value, row-major, 0 at the start.
+layout: one layout serves a subspace of rank r and a concatenation of K of them. Kinds that hold more than A and B, or
+other things, have `vectors` behind them: dora's magnitudes, ia3's scales. A run that also trains the multimodal
+projector appends a dense tail. Vectors and tail are differences to the base's own values, row-major, 0 at the start:
+so a new adapter needs no weights, and a mean of differences is right.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from fedstrata.core.config import RunConfig
 from fedstrata.core.seeds import generator
 
 Flat = npt.NDArray[np.float32]
+Parameters = tuple[tuple[str, tuple[int, ...]], ...]  # (name in the base model, shape), in the order of the wire
+
+FUSED = ("lora", "rslora")  # values of lora.kind whose cohorts are fused and whose adapters can be mixed
+LORA_A, LORA_B, MAGNITUDE, SCALE = "lora_A", "lora_B", "lora_magnitude_vector", "ia3_l"  # as PEFT calls them
+FEEDFORWARD = ("down_proj", "w2", "wo", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj")  # where PEFT's tables have them
+
+
+def unfusable(config: RunConfig) -> str:
+    """Why the run's clients are trained one at a time; empty where cohorts are fused."""
+    kind = config.lora.kind
+    return "" if kind in FUSED else f"lora.kind={kind} cannot be fused"
+
+
+def feedforward(name: str) -> bool:
+    """Whether ia3 rescales this layer's input, as at the end of a feed-forward block, and not its output."""
+    return f".{name}".endswith(tuple(f".{end}" for end in FEEDFORWARD))
 
 
 @dataclass(frozen=True)
@@ -25,15 +43,32 @@ class Layout:
     """The adapted Linear layers: (name in the base model, out features, in features), sorted by name.
 
     dense: the parameters of the tail: (name in the base model, shape), in the model's order; () without a tail.
+    kind: lora, dora or ia3; rslora is a lora whose scaling differs, and the scaling is no part of the layout.
     """
 
     modules: tuple[tuple[str, int, int], ...]
-    dense: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    dense: Parameters = ()
+    kind: str = "lora"
 
     @property
     def width(self) -> int:
-        """Parameters per unit of rank: Σ (in + out)."""
-        return sum(out + inner for _, out, inner in self.modules)
+        """Parameters per unit of rank: Σ (in + out); 0 for ia3, which has no rank."""
+        return 0 if self.kind == "ia3" else sum(out + inner for _, out, inner in self.modules)
+
+    @property
+    def vectors(self) -> Parameters:
+        """What each layer has whatever the rank: dora its magnitude [out], ia3 its scale [1, in] or [out, 1]."""
+        if self.kind == "dora":
+            return tuple((f"{name}.{MAGNITUDE}", (out,)) for name, out, _ in self.modules)
+        if self.kind == "ia3":
+            shapes = [(name, (1, inner) if feedforward(name) else (out, 1)) for name, out, inner in self.modules]
+            return tuple((f"{name}.{SCALE}", shape) for name, shape in shapes)
+        return ()
+
+    @property
+    def fixed(self) -> int:
+        """Parameters of `vectors`."""
+        return sum(math.prod(shape) for _, shape in self.vectors)
 
     @property
     def tail(self) -> int:
@@ -43,37 +78,45 @@ class Layout:
     @property
     def lora(self) -> "Layout":
         """The same layers without the tail: how a subspace is read that keeps none."""
-        return Layout(self.modules)
+        return replace(self, dense=())
 
     def size(self, rank: int) -> int:
         """Length of a flat adapter of this rank, its tail included."""
-        return self.width * rank + self.tail
+        return self.width * rank + self.fixed + self.tail
 
     def rank(self, flat: Flat) -> int:
-        """The rank of a flat adapter. Raises ValueError when its length fits none."""
-        rank, rest = divmod(flat.size - self.tail, self.width)
-        if rest or rank < 1:
-            tail = f" and {self.tail} more" if self.tail else ""
-            rule = f"a multiple of {self.width} parameters{tail}"
-            raise ValueError(f"an adapter of this layout has {rule}, got {flat.size}")
+        """The rank of a flat adapter, 0 for ia3. Raises ValueError when its length fits none."""
+        more = self.fixed + self.tail
+        rank, rest = divmod(flat.size - more, self.width) if self.width else (0, flat.size - more)
+        if rest or (self.width and rank < 1):
+            low = f"a multiple of {self.width} parameters" + (f" and {more} more" if more else "")
+            raise ValueError(f"an adapter of this layout has {low if self.width else more}, got {flat.size}")
         return rank
 
+    def parameters(self, rank: int) -> Parameters:
+        """Everything that a flat adapter of this rank holds, in its order."""
+        low = [
+            pair
+            for name, out, inner in self.modules
+            for pair in ((f"{name}.{LORA_A}", (rank, inner)), (f"{name}.{LORA_B}", (out, rank)))
+        ]
+        return (*(low if self.width else ()), *self.vectors, *self.dense)
+
+    def views(self, flat: Flat) -> dict[str, Flat]:
+        """Views {parameter: its part, in its shape} of a flat adapter with its tail."""
+        return _views(flat, self.parameters(self.rank(flat)))
+
     def cut(self, flat: Flat) -> tuple[Flat, Flat]:
-        """Views (the low-rank part, the tail) of a flat adapter; without a tail the adapter itself."""
+        """Views (the adapter without its tail, the tail) of a flat adapter; without a tail the adapter itself."""
         middle = self.size(self.rank(flat)) - self.tail
         return flat[:middle] if self.tail else flat, flat[middle:]
 
     def dense_views(self, tail: Flat) -> dict[str, Flat]:
         """Views {parameter: difference to the base's value, in its shape} of a tail [`tail`]."""
-        start, views = 0, {}
-        for name, shape in self.dense:
-            end = start + math.prod(shape)
-            views[name] = tail[start:end].reshape(shape)
-            start = end
-        return views
+        return _views(tail, self.dense)
 
     def split(self, flat: Flat) -> dict[str, tuple[Flat, Flat]]:
-        """Views {layer: (A [rank, in], B [out, rank])} of a flat adapter."""
+        """Views {layer: (A [rank, in], B [out, rank])} of a flat adapter; of rank 0 where the kind has none."""
         rank, start, views = self.rank(flat), 0, {}
         for name, out, inner in self.modules:
             middle, end = start + rank * inner, start + rank * (inner + out)
@@ -87,15 +130,21 @@ class Layout:
         return np.concatenate(pieces, dtype=np.float32)
 
     def to_json(self) -> str:
-        """The modules alone where there is no tail, so that such a layout keeps its hash."""
-        return json.dumps({"modules": self.modules, "dense": self.dense} if self.dense else self.modules)
+        """The modules alone where there is nothing else to say, so that such a layout keeps its hash."""
+        plain = self.kind == "lora" and not self.dense
+        kind = {} if self.kind == "lora" else {"kind": self.kind}
+        return json.dumps(self.modules if plain else {"modules": self.modules, "dense": self.dense, **kind})
 
     @staticmethod
     def from_json(text: str) -> "Layout":
+        """Raises ValueError, KeyError or TypeError for any other text."""
         tree = json.loads(text)
         tree = tree if isinstance(tree, dict) else {"modules": tree, "dense": []}
         modules = tuple((str(name), int(out), int(inner)) for name, out, inner in tree["modules"])
-        return Layout(modules, tuple((str(name), tuple(map(int, shape))) for name, shape in tree["dense"]))
+        kind = tree.get("kind", "lora")
+        if kind not in ("lora", "dora", "ia3"):
+            raise ValueError(f"a layout's kind is lora, dora or ia3, got {kind!r}")
+        return Layout(modules, tuple((str(name), tuple(map(int, shape))) for name, shape in tree["dense"]), kind)
 
     @property
     def hash(self) -> str:
@@ -104,19 +153,19 @@ class Layout:
 
 
 def fresh(layout: Layout, rank: int, seed: int, *names: str | int, init: str = "uniform") -> Flat:
-    """A new adapter that changes nothing yet: A is drawn, B and the tail are 0.
+    """A new adapter that changes nothing yet: A is drawn, everything else is 0.
 
     A pure function of (seed, names): the server draws it once, so a whole group starts from the same A.
 
     init: uniform: A ~ U(−1/√in, 1/√in) as PEFT draws it; normal: A ~ N(0, 0.01²) as FCIT's published code does.
     """
     draw = generator(seed, "adapter", *names)
-    factors = {}
+    rank, factors = rank if layout.width else 0, {}
     for name, out, inner in layout.modules:
         bound, shape = 1 / np.sqrt(inner), (rank, inner)
         a = draw.uniform(-bound, bound, size=shape) if init == "uniform" else draw.normal(0, 0.01, size=shape)
         factors[name] = (a.astype(np.float32), np.zeros((out, rank), dtype=np.float32))
-    return np.concatenate([layout.join(factors), np.zeros(layout.tail, dtype=np.float32)])
+    return np.concatenate([layout.join(factors), np.zeros(layout.fixed + layout.tail, dtype=np.float32)])
 
 
 def weighted_mean(flats: Sequence[Flat], weights: Sequence[float]) -> Flat:
@@ -130,31 +179,10 @@ def weighted_mean(flats: Sequence[Flat], weights: Sequence[float]) -> Flat:
     return mean.astype(np.float32)
 
 
-def save_peft(
-    folder: Path, layout: Layout, flat: Flat, scaling: float, base: str, dense: Mapping[str, Flat] | None = None
-) -> None:
-    """Writes one adapter as a folder that `peft.PeftModel.from_pretrained(base_model, folder)` loads.
-
-    scaling: γ in ΔW = γ B A; PEFT writes it as lora_alpha / r.
-    dense: the base's own values of the tail's parameters, for a layout that has one; PEFT keeps whole modules.
-    """
-    import torch
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    rank, (_, tail) = layout.rank(flat), layout.cut(flat)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scaling * rank,  # type: ignore[arg-type]
-        target_modules=[name for name, _, _ in layout.modules],
-        modules_to_save=sorted({name.rsplit(".", 2)[0] for name, _ in layout.dense}) or None,
-        base_model_name_or_path=base,
-    )
-    config.save_pretrained(str(folder))
-    tensors = {}
-    for name, (a, b) in layout.split(flat).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.from_numpy(a.copy())
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.from_numpy(b.copy())
-    for name, delta in layout.dense_views(tail).items():
-        tensors[f"base_model.model.{name}"] = torch.from_numpy((dense or {})[name] + delta)
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+def _views(flat: Flat, parameters: Parameters) -> dict[str, Flat]:
+    start, views = 0, {}
+    for name, shape in parameters:
+        end = start + math.prod(shape)
+        views[name] = flat[start:end].reshape(shape)
+        start = end
+    return views

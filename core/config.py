@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,9 @@ class FederationSection:
     min_replies: int = 1  # fewer good replies than this and the round is skipped
     max_failures: int | None = None  # more failed or rejected replies in one round end the run; null: none do
     clip: str = "off"  # off | median: no update moves further than the median of its round
+    update_clip: float = 0.0  # largest norm of a client's update; 0: no limit
+    update_noise: float = 0.0  # z of the Gaussian noise that the server adds to a mean of clipped updates; 0: none
+    update_delta: float = 1e-5  # δ of the epsilon that is reported of it
     upload: str = "float32"  # float32 | bfloat16 | int8: what clients send; smaller ones send differences
     timeout: float = 3600.0  # seconds the server waits for the replies of one exchange
     cohort_timeout: float = 0.0  # seconds an actor may take for one cohort before another one gets it; 0: no limit
@@ -111,9 +115,18 @@ class FederationSection:
             self.max_failures is None or self.max_failures >= 0, key + "max_failures", "at least 0", self.max_failures
         )
         require(self.clip in ("off", "median"), key + "clip", "off or median", self.clip)
+        self._check_privacy()
         require(self.upload in UPLOADS, key + "upload", ", ".join(UPLOADS), self.upload)
         require(self.timeout > 0, key + "timeout", "above 0 (seconds)", self.timeout)
         require(self.cohort_timeout >= 0, key + "cohort_timeout", "at least 0 (seconds)", self.cohort_timeout)
+
+    def _check_privacy(self) -> None:
+        key, clip, noise = "federation.update_", self.update_clip, self.update_noise
+        require(0 <= clip < float("inf"), key + "clip", "a finite number of at least 0", clip)
+        require(clip == 0 or self.clip == "off", key + "clip", f"0 with federation.clip={self.clip}", clip)
+        require(0 <= noise < float("inf"), key + "noise", "a finite number of at least 0", noise)
+        require(noise == 0 or clip > 0, key + "noise", "0 without federation.update_clip, which scales it", noise)
+        require(0 < self.update_delta < 1, key + "delta", "above 0 and below 1", self.update_delta)
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class LoraSection:
-    """One subspace's low-rank adapter: ΔW = (alpha / rank) · B A."""
+    """One subspace's low-rank adapter: ΔW = γ B A with γ = alpha / rank, with rslora alpha / √rank."""
 
     kind: str = "lora"  # lora | rslora: fused cohorts; dora | ia3: through PEFT, one client at a time
     rank: int = 8
@@ -162,6 +175,13 @@ class LoraSection:
         require(0 <= self.dropout < 1, "lora.dropout", "at least 0 and below 1", self.dropout)
         require(self.init in ("uniform", "normal"), "lora.init", "uniform or normal", self.init)
         require(len(self.targets) > 0, "lora.targets", "a list with at least one layer name", self.targets)
+        good = self.kind != "ia3" or self.dropout == 0
+        require(good, "lora.dropout", "0 with lora.kind=ia3, which has none", self.dropout)
+
+    @property
+    def scaling(self) -> float:
+        """γ in ΔW = γ B A, of a subspace's rank: one adapter of rank K·r is scaled as the K subspaces it stands for."""
+        return self.alpha / (math.sqrt(self.rank) if self.kind == "rslora" else self.rank)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Every message carries `meta`: which run, stage, round and partition it belongs to, and the run's resolved config as
 JSON (a client in a container has no server files). A reply repeats the binding, so that no reply can enter another
-round. A train reply has exactly one ArrayRecord and one MetricRecord, so Flower's own strategies average it unchanged.
+round. A train reply has exactly one ArrayRecord and one MetricRecord, so Flower's own strategies average it unchanged;
+a method that declares extras gets them in a second ArrayRecord.
 """
 
 import json
@@ -11,16 +12,20 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
+from fedstrata.core import codec
 from fedstrata.core.adapters import Flat
 from fedstrata.core.identity import Token, Vector
+from fedstrata.core.packing import pack, view
 
 TRAIN, EVALUATE = "train", "evaluate"
 IDENTIFY, DESCRIBE, ASK = "query.identify", "query.describe", "query.ask"
 ARRAYS, ROUTER, CONFIG, META, METRICS = "arrays", "router", "config", "meta", "metrics"
 SHARED = "shared"
+PAYLOAD, EXTRA = "payload", "extra"  # what a method sends beside the adapter, down and up
 FLAT, TOKEN, TOKENS, COUNT = "flat", "token", "tokens", "num-examples"
+TOO_FEW = 100  # code of an error reply: fewer instructions than a token needs; Flower's own codes end at 8
 TRAIN_METRICS = {COUNT, "loss", "steps", "seconds"}
 
 
@@ -66,6 +71,7 @@ class TrainReply:
     steps: int
     seconds: float
     options: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)  # what the strategy's `extras` declare
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,12 @@ class ScoreReply:
 
 @dataclass(frozen=True)
 class Description:
-    """What the server must know of the base model, which only clients hold."""
+    """What the server must know of the base model, which only clients hold.
+
+    Attributes:
+        shape: `core.estimate.Shape` as JSON; empty: unknown.
+        machine: `core.machine.Footprint` as JSON; empty: unknown.
+    """
 
     partition: int
     layout: str
@@ -120,10 +131,12 @@ class Description:
     dim: int
     tau: float
     epsilon: float
+    shape: str = ""
+    machine: str = ""
 
 
 def arrays(**named: np.ndarray) -> ArrayRecord:
-    return ArrayRecord({name: Array(value) for name, value in named.items()})
+    return ArrayRecord({name: pack(value) for name, value in named.items()})
 
 
 def to_meta(value: Assignment) -> ConfigRecord:
@@ -146,7 +159,7 @@ def assignment(message: Message) -> Assignment:
 
 def binding(message: Message) -> Binding:
     """The binding in a message's meta. Raises KeyError when it carries none."""
-    meta = message.content.config_records[META]
+    meta = cast(ConfigRecord, message.content[META])
     run, stage, round_, partition = (meta[key] for key in ("run", "stage", "round", "partition"))
     return Binding(str(run), cast(int, stage), cast(int, round_), cast(int, partition))
 
@@ -158,9 +171,10 @@ def address(message: Message, meta: Assignment) -> Message:
     return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
 
 
-def train_content(flat: ArrayRecord, options: Mapping[str, Any]) -> RecordDict:
-    """A strategy's train message; clients that get the same adapter share one ArrayRecord."""
-    return RecordDict({ARRAYS: flat, CONFIG: ConfigRecord(dict(options))})
+def train_content(flat: ArrayRecord, options: Mapping[str, Any], payload: ArrayRecord | None = None) -> RecordDict:
+    """A strategy's train message; clients that get the same adapter, or the same payload, share one ArrayRecord."""
+    beside = {} if payload is None else {PAYLOAD: payload}
+    return RecordDict({ARRAYS: flat, **beside, CONFIG: ConfigRecord(dict(options))})
 
 
 def train_task(message: Message) -> TrainTask:
@@ -169,28 +183,62 @@ def train_task(message: Message) -> TrainTask:
     return TrainTask(assignment(message), flat, dict(config))
 
 
-def train_reply(reply: TrainReply, request: Message) -> Message:
+def payloads(messages: Sequence[Message]) -> list[Mapping[str, np.ndarray]]:
+    """What came beside each message's adapter, {name: array}; messages that share a record share one decoded copy."""
+    decoded: dict[int, Mapping[str, np.ndarray]] = {}
+    sent = [message.content.array_records.get(PAYLOAD, ArrayRecord()) for message in messages]
+    for record in sent:
+        if id(record) not in decoded:
+            decoded[id(record)] = {name: array.numpy() for name, array in record.items()}
+    return [decoded[id(record)] for record in sent]
+
+
+def train_reply(reply: TrainReply, request: Message, parts: codec.Parts | None = None) -> Message:
+    """parts: the adapter as `codec.encode` gives it, in the place of the whole one."""
     meta = ConfigRecord({**asdict(reply.binding), **{f"option.{k}": v for k, v in reply.options.items()}})
     metrics: dict[str, Any] = {COUNT: reply.count, "loss": reply.loss, "steps": reply.steps, "seconds": reply.seconds}
-    content = RecordDict({ARRAYS: arrays(flat=reply.flat), METRICS: MetricRecord(metrics), META: meta})
+    beside = {EXTRA: arrays(**reply.extra)} if reply.extra else {}
+    adapter = arrays(**(parts or {FLAT: reply.flat}))
+    content = RecordDict({ARRAYS: adapter, **beside, METRICS: MetricRecord(metrics), META: meta})
     return Message(content, reply_to=request)
 
 
-def read_train_reply(message: Message) -> TrainReply:
-    """Raises KeyError or ValueError when a record or key is missing; values are checked by the server's gate."""
-    metrics = message.content.metric_records[METRICS]
-    meta = message.content.config_records[META]
+def read_train_reply(message: Message, start: Flat | None = None) -> TrainReply:
+    """The arrays are the message's own bytes, not copies; an encoded adapter is decoded with the `start` it had.
+
+    Raises KeyError or ValueError when a record or key is missing; values are checked by the server's gate.
+    """
+    content = message.content  # indexed, since Flower's views by type would keep it alive until the next collection
+    metrics, meta = cast(MetricRecord, content[METRICS]), cast(ConfigRecord, content[META])
     options = {key.removeprefix("option."): value for key, value in meta.items() if key.startswith("option.")}
-    flat = message.content.array_records[ARRAYS][FLAT].numpy()
+    flat = _adapter(cast(ArrayRecord, content[ARRAYS]), start)
     count, steps = (int(cast(int, metrics[key])) for key in (COUNT, "steps"))
     loss, seconds = (float(cast(float, metrics[key])) for key in ("loss", "seconds"))
-    return TrainReply(binding(message), flat, count, loss, steps, seconds, options)
+    beside = cast(ArrayRecord, content[EXTRA]) if EXTRA in content else {}
+    extra = {name: view(array) for name, array in beside.items()}
+    return TrainReply(binding(message), flat, count, loss, steps, seconds, options, extra)
+
+
+def weighing(metrics: MetricRecord, count: int) -> MetricRecord:
+    """A train reply's metrics with another weight in the mean."""
+    return MetricRecord({**metrics, COUNT: count})
+
+
+def _adapter(record: ArrayRecord, start: Flat | None) -> Flat:
+    if FLAT in record or start is None:
+        return view(record[FLAT])
+    return codec.restore(start, {name: view(array) for name, array in record.items()})
 
 
 def token_reply(token: Token, at: Binding, request: Message) -> Message:
     metrics = MetricRecord({COUNT: token.count})
     content = RecordDict({ARRAYS: arrays(token=token.value), METRICS: metrics, META: ConfigRecord(asdict(at))})
     return Message(content, reply_to=request)
+
+
+def too_few_reply(reason: str, request: Message) -> Message:
+    """A client's word that it holds too few instructions for a token."""
+    return Message(Error(TOO_FEW, reason), reply_to=request)
 
 
 def read_token(message: Message) -> Token:

@@ -2,14 +2,14 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from fedstrata.core.adapters import Flat, Layout
+from fedstrata.core.adapters import FUSED, Flat, Layout
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-PROJECTOR = "multi_modal_projector"  # what transformers calls it in every LLaVA
+PROJECTOR = "multi_modal_projector"  # what transformers calls them in every LLaVA
+TOWER = "vision_tower"
+TOWERS = ("clip_vision_model", "siglip_vision_model")  # those that keep a picture in a row of its own
+LANGUAGE = "model.language_model"
 
 
 def embedded() -> Path:
@@ -48,40 +51,96 @@ def layout(config: RunConfig) -> Layout:
     """The adapted layers of the run's base, from its config file alone: the model is built without memory.
 
     Raises:
-        BadInput: the base's config is not on this machine, is no LLaVA's, or lacks one of lora.targets.
+        BadInput: the base's config is not on this machine, is of a type that cannot be a base, or lacks one of
+            lora.targets.
     """
     import torch
-    import transformers
 
     settings = _config(config.model.name, "model.name")
-    if settings.model_type != "llava":
-        raise BadInput(f"model.name: {config.model.name!r} must be of model type 'llava', got {settings.model_type!r}")
+    try:
+        factory = architecture(settings)
+    except ValueError as error:
+        raise BadInput(f"model.name: {config.model.name!r}: {error}") from None
     with torch.device("meta"):
-        model: Any = transformers.LlavaForConditionalGeneration(settings)
-    return find_layout(model, config.lora.targets, config.strategy.projector)
+        model: Any = factory.from_config(settings)
+    return find_layout(model, config.lora.targets, config.strategy.projector, config.lora.kind)
 
 
-def find_layout(model: "nn.Module", targets: Sequence[str], projector: str = "frozen") -> Layout:
-    """The language model's Linear layers whose name ends with one of `targets`, as PEFT matches a list.
-
-    projector: shared: with the multimodal projector's parameters as the dense tail.
+def architecture(settings: Any) -> Any:
+    """What opens a base of these settings: transformers' factory of LLaVAs, or of causal language models.
 
     Raises:
-        BadInput: a target that matches no Linear layer of the language model.
+        ValueError: any other model. An encoder would open as a language model that sees what it should predict, and
+            weights of another model as one with random numbers.
+    """
+    import transformers
+
+    if settings.model_type == "llava":
+        return transformers.AutoModelForImageTextToText
+    kind, known = type(settings), transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    encoders = (transformers.MODEL_FOR_MASKED_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    encodes = getattr(settings, "is_decoder", True) is False and any(kind in mapping for mapping in encoders)
+    if kind not in known or encodes or hasattr(settings, "vision_config"):
+        rule = "it must be a causal language model without vision or of model type 'llava'"
+        raise ValueError(f"{rule}, got {settings.model_type!r}")
+    return transformers.AutoModelForCausalLM
+
+
+def language_model(model: "nn.Module") -> str:
+    """The name of the part that is the language model without its head."""
+    names = {name for name, _ in model.named_modules()}
+    return LANGUAGE if LANGUAGE in names else str(model.base_model_prefix)
+
+
+def find_layout(model: "nn.Module", targets: Sequence[str], projector: str = "frozen", kind: str = "lora") -> Layout:
+    """The Linear layers that `targets` name.
+
+    An entry stands for every Linear layer of the language model whose name ends with it, as PEFT matches a list. One
+    that ends no such name, but is a whole name or the end of one with a dot in it, stands for layers anywhere else:
+    multi_modal_projector.linear_1, vision_tower.encoder.layers.0.self_attn.q_proj.
+
+    projector: shared: with the multimodal projector's parameters as the dense tail.
+    kind: lora.kind.
+
+    Raises:
+        BadInput: a target that matches no Linear layer or one that cannot be adapted, or a shared projector that is
+            adapted too or not there.
     """
     from torch import nn
 
-    modules, used = [], set()
-    for name, module in model.named_modules():
-        hit = next((target for target in targets if name == target or name.endswith(f".{target}")), None)
-        if hit and "language_model" in name and isinstance(module, nn.Linear):
-            modules.append((name, module.out_features, module.in_features))
-            used.add(hit)
-    if set(targets) - used:
-        wrong = ", ".join(sorted(set(targets) - used))
-        raise BadInput(f"lora.targets: {wrong}: no Linear layer of the language model has this name")
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    inside = f"{language_model(model)}."
+    chosen = {name for target in targets for name in _named(linear, target, inside)}
+    _check_rows(model, [name for name in chosen if not name.startswith(inside)])
     dense = [(name, tuple(p.shape)) for name, p in model.named_parameters() if f".{PROJECTOR}." in f".{name}"]
-    return Layout(tuple(sorted(modules)), tuple(dense) if projector == "shared" else ())
+    if projector == "shared" and not dense:
+        raise BadInput("strategy.projector: 'shared' needs a base with a multimodal projector, this one has none")
+    both = [name for name in chosen if f".{PROJECTOR}." in f".{name}"] if projector == "shared" else []
+    if both:
+        raise BadInput(f"lora.targets: {min(both)}: strategy.projector=shared trains this layer whole")
+    modules = [(name, linear[name].out_features, linear[name].in_features) for name in sorted(chosen)]
+    return Layout(tuple(modules), tuple(dense) if projector == "shared" else (), "lora" if kind in FUSED else kind)
+
+
+def _named(linear: "Mapping[str, nn.Linear]", target: str, inside: str) -> list[str]:
+    """The names that `target` stands for; `inside` begins those of the language model's layers."""
+    found = [name for name in linear if f".{name}".endswith(f".{target}")]
+    own = [name for name in found if name.startswith(inside)]
+    if not own and ("." in target or target in found):
+        own = found
+    if not own:
+        hint = f"; elsewhere there is {found[0]}" if found else ""
+        raise BadInput(f"lora.targets: {target}: no Linear layer of the language model has this name{hint}")
+    return own
+
+
+def _check_rows(model: Any, outside: Sequence[str]) -> None:
+    """Clients that are trained together own rows of a batch, so a layer must be given whole rows."""
+    for name in sorted(outside):
+        if f".{TOWER}." in name and model.config.vision_config.model_type not in TOWERS:
+            raise BadInput(f"lora.targets: {name}: a vision tower must be one of {', '.join(TOWERS)} to be adapted")
+        if f".{TOWER}." not in name and f".{PROJECTOR}." not in name:
+            raise BadInput(f"lora.targets: {name}: only the language model, the projector and the tower can be adapted")
 
 
 def dense_weights(name: str, layout: Layout) -> dict[str, Flat]:
@@ -93,7 +152,7 @@ def dense_weights(name: str, layout: Layout) -> dict[str, Flat]:
         BadInput: the base's safetensors files are not on this machine or lack one of the parameters.
     """
     found: dict[str, Flat] = {}
-    for path in _weight_files(name):
+    for path in weight_files(name):
         with safe_open(path, framework="pt") as file:
             for wanted, _ in layout.dense:
                 end = wanted[wanted.index(PROJECTOR) :]
@@ -106,7 +165,7 @@ def dense_weights(name: str, layout: Layout) -> dict[str, Flat]:
     return found
 
 
-def _weight_files(name: str) -> list[Path]:
+def weight_files(name: str) -> list[Path]:
     """The safetensors files of a folder, or of a hub name's cached copy."""
     from transformers.utils.hub import cached_file
 

@@ -5,7 +5,7 @@ from the release (`Release`: early shares, fresh parts of tasks that recur). Wit
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,6 +71,9 @@ class Timeline(Protocol):
 
     def rows(self, task: int, client: int, stage: int, round_: int) -> Indices:
         """The client's rows of the task that exist in this round, ascending."""
+
+    def epoch(self, stage: int, round_: int) -> Hashable:
+        """Equal for rounds in which every client holds the same."""
 
 
 def timeline(
@@ -170,6 +173,9 @@ class Clocked:
     def rows(self, task: int, client: int, stage: int, round_: int) -> Indices:
         own = self.stage_of(client, stage, round_)
         return self.release.rows(task, client, own) if own else np.zeros(0, dtype=np.int64)
+
+    def epoch(self, stage: int, round_: int) -> Hashable:
+        return tuple(clocks[(stage - 1) * self.rounds + round_ - 1] for clocks in self._own)
 
 
 def _clocks(rule: ArrivalRule, stages: int, clients: int, rounds: int, seed: int) -> Indices:

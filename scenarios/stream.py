@@ -1,7 +1,7 @@
 """What a scenario is made of: tasks, stages, who holds what, and when. Frozen, and a pure function of (file, seed)."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +102,17 @@ class Scenario:
 
     def present(self, stage: int, round_: int) -> list[int]:
         """The clients that can be drawn in this round: those that are there and, but for places, have data to train."""
-        return [client for client in range(self.client_count) if self._can_train(client, stage, round_)]
+        epoch = self.timeline.epoch(stage, round_)
+        if epoch not in self._presence:  # of many clients most rounds find the same ones
+            self._presence.clear()
+            there = range(self.client_count)
+            self._presence[epoch] = tuple(client for client in there if self._can_train(client, stage, round_))
+        return list(self._presence[epoch])
+
+    @cached_property
+    def _presence(self) -> dict[Hashable, tuple[int, ...]]:
+        """The last epoch's answer of `present`."""
+        return {}
 
     def _can_train(self, client: int, stage: int, round_: int) -> bool:
         tasks = self.timeline.tasks(client, stage, round_)

@@ -7,7 +7,7 @@ client 3 trains charts; `[]` or null: it is absent. Before its first record a cl
 import csv
 import io
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -90,6 +90,9 @@ class Traced:
             return rows
         spells = self.trace.spells(client, task)
         return fresh_part(rows, spells, self.trace.spell(client, task, number), self.seed, task, client)
+
+    def epoch(self, stage: int, round_: int) -> Hashable:
+        return stage, round_  # what changes in between is not looked for
 
 
 def fresh_part(rows: Indices, parts: int, place: int, seed: int, task: int, client: int) -> Indices:

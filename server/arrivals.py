@@ -1,7 +1,6 @@
 """The Ray grid of a run: it tells of every unit when it comes in, so that what is done is kept if the server dies."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from flwr.app import Message
 
@@ -11,12 +10,17 @@ Arrived = Callable[[Sequence[Message], Sequence[Message]], None]  # (what was as
 
 
 class ArrivingRayGrid(RayGrid):
-    """A RayGrid with a listener."""
+    """A RayGrid with a listener: called once per finished unit, whatever came of it, in the order of arrival.
+
+    The large arrays of what came then lie in Ray's shared memory, which is free again when nobody holds them.
+    """
 
     arrived: Arrived | None = None
 
-    def _collect(self, result: Any, unit: Sequence[Message], place: int) -> list[Message] | None:
-        replies = super()._collect(result, unit, place)
-        if replies is not None and self.arrived is not None:
-            self.arrived(unit, replies)
-        return replies
+    @property
+    def streams(self) -> bool:
+        return self.arrived is not None
+
+    def tell(self, asked: Sequence[Message], came: Sequence[Message]) -> None:
+        if self.arrived is not None:
+            self.arrived(asked, came)

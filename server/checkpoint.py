@@ -32,6 +32,7 @@ class Commit:
     Attributes:
         memory: what a resumed run must know and the state's hash leaves out (known tokens, an optimiser's moments).
         bound: what the commit belongs to (settings, hashes of base and scenario); empty in older commits.
+        stored: tensors of the memory that are blobs already, by the names of both; a commit that is read has none.
     """
 
     parts: Parts
@@ -39,6 +40,7 @@ class Commit:
     number: int
     memory: Parts = field(default_factory=lambda: Parts({}))
     bound: Mapping[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def write(folder: Path, commit: Commit, keep_for_good: bool = False) -> None:
         "previous": _hash_of(folder, commit.number - 1),
         "tensors": _stored(folder, commit.parts),
         "facts": commit.parts.facts,
-        "memory_tensors": _stored(folder, commit.memory),
+        "memory_tensors": {**_stored(folder, commit.memory), **commit.stored},
         "memory_facts": commit.memory.facts,
         "progress": commit.progress,
         "bound": dict(commit.bound),

@@ -1,5 +1,6 @@
 """What a reply may be refused for: a closed list of kinds, and the single checks that the gate is made of."""
 
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
@@ -13,6 +14,7 @@ class Kind(StrEnum):
     """Why a reply was not used; counted in the summary."""
 
     FAILED = "failed"  # the client said so
+    TOO_FEW = "too few"  # the client said that it holds too few instructions for a token; no fault of its own
     LATE = "late"  # it did not come in time, or came for an exchange that is over
     UNREADABLE = "unreadable"  # cannot be decoded
     SCHEMA = "schema"  # records or keys are missing, or there are too many
@@ -39,17 +41,18 @@ def check(holds: bool, kind: Kind, reason: str) -> None:
         raise Refused(kind, reason)
 
 
-def declared(array: Array, size: int) -> None:
+def declared(array: Array, *shape: int, dtype: str = "float32") -> None:
     """Checked on the declaration, before anything is decoded: a header may claim gigabytes."""
-    good = array.dtype == "float32" and tuple(array.shape) == (size,) and len(array.data) <= 4 * size + 1024
+    most = np.dtype(dtype).itemsize * math.prod(shape) + 1024
+    good = array.dtype == dtype and tuple(array.shape) == shape and len(array.data) <= most
     came = f"{array.dtype} {tuple(array.shape)} in {len(array.data)} bytes"
-    check(good, Kind.SHAPE, f"array: must be float32 ({size},), got {came}")
+    check(good, Kind.SHAPE, f"array: must be {dtype} {shape}, got {came}")
 
 
-def decoded(values: npt.NDArray[Any], size: int) -> None:
+def decoded(values: npt.NDArray[Any], *shape: int, dtype: str = "float32") -> None:
     """The bytes carry a header of their own, which need not be what was declared."""
-    good = values.dtype == np.float32 and values.shape == (size,)
-    check(good, Kind.SHAPE, f"array: must be float32 ({size},), got {values.dtype} {values.shape}")
+    good = values.dtype == np.dtype(dtype) and values.shape == shape
+    check(good, Kind.SHAPE, f"array: must be {dtype} {shape}, got {values.dtype} {values.shape}")
     check(bool(np.isfinite(values).all()), Kind.NOT_FINITE, "array: must be finite, got NaN or infinity")
 
 
@@ -68,8 +71,3 @@ def finite(name: str, value: float) -> None:
 
 def between(name: str, value: float, low: float, high: float) -> None:
     check(low <= value <= high, Kind.RANGE, f"{name}: must be between {low:g} and {high:g}, got {value!r}")
-
-
-def distance(flat: npt.NDArray[np.float32], start: npt.NDArray[np.float32]) -> float:
-    """The norm of an update: how far training moved the adapter."""
-    return float(np.linalg.norm(flat.astype(np.float64) - start))

@@ -1,7 +1,7 @@
 """What is told of a run while it goes on: events for the tracker, lines for the display."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -15,6 +15,9 @@ from fedstrata.server.exchange import Ledger, Seat
 from fedstrata.server.progress import Progress
 from fedstrata.strategies.base import Strategy, Weights
 
+if TYPE_CHECKING:
+    from fedstrata.server.plan import Plan
+
 Done = Sequence[tuple[Seat, TrainReply]]
 
 
@@ -24,6 +27,8 @@ class Chronicle:
     def __init__(self, tracker: Tracker, display: Display, scenario: Scenario, strategy: Strategy) -> None:
         self.tracker, self.display, self.scenario, self.strategy = tracker, display, scenario, strategy
         self._near: list[float] = []  # this stage's cosines between participants' tokens and their subspaces'
+        self.plan: Plan | None = None  # of the whole run
+        self._seconds, self._steps = 0.0, 0  # of the first stage's rounds
 
     def stage(self, stage: int) -> None:
         """A stage begins."""
@@ -50,6 +55,8 @@ class Chronicle:
         for bad in ledger.rejected:
             told = {"client": bad.partition, "kind": bad.kind, "reason": bad.reason}
             self.tracker.event("rejected", stage=stage, round=round_, **told)
+        if ledger.few:
+            self.tracker.event("too_few_instructions", stage=stage, round=round_, clients=sorted(ledger.few))
         for kind in ledger.strays:
             self.tracker.event("stray", stage=stage, round=round_, kind=kind)
         self.tracker.event(
@@ -66,11 +73,28 @@ class Chronicle:
             skipped=skipped,
         )
         self.display.round(stage, round_, [row["client"] for row in rows], loss, len(ledger.rejected), skipped)
+        if stage == 1:
+            self._seconds, self._steps = self._seconds + seconds, self._steps + sum(row["steps"] for row in rows)
+
+    def _foresee(self, plan: "Plan", wall: float, scoring: float) -> None:
+        """How long the run will take: what the first stage took, and the rest at its pace; what came before was cold.
+
+        wall: seconds so far; scoring: of which the scoring of the first stage.
+        """
+        if self._steps:
+            rounds = max(0, plan.steps - self._steps) * self._seconds / self._steps
+            self.tracker.event("time_predicted", stage=1, seconds=wall + rounds + (plan.scorings - 2) * scoring)
 
     def quarantined(self, stage: int, round_: int, clients: Mapping[int, int]) -> None:
         """`clients`: {client that is not drawn for a while: the last such round, counted through the run}."""
         for client, last in clients.items():
             self.tracker.event("quarantined", stage=stage, round=round_, client=client, until=last)
+
+    def shrunk(self, stage: int, round_: int, before: int, after: int) -> None:
+        """Cohorts did not fit into memory; they are smaller from the next round on."""
+        self.tracker.event("cohort_shrunk", stage=stage, round=round_, **{"from": before, "to": after})
+        line = f"memory ran out for cohorts of {before}: cohorts of {after} from here on"
+        self.display.console.print(f"[bold yellow]warning:[/bold yellow] {line}", highlight=False, soft_wrap=True)
 
     def refused_scores(self, stage: int, refused: Mapping[int, Refused]) -> None:
         """`refused`: {number of the shard: what was wrong with its score}."""
@@ -108,6 +132,8 @@ class Chronicle:
             bytes_eval=progress.bytes_eval,
             seconds=seconds,
         )
+        if self.plan is not None and stage == 1:
+            self._foresee(self.plan, progress.wall_seconds, seconds)
         self.display.scored(stage, matrix)
 
 

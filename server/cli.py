@@ -1,4 +1,4 @@
-"""The command line: `fedstrata run | preview | resume | compare | report | list | export | ask`.
+"""The command line: `fedstrata run | preview | resume | compare | report | list | export | ask | bench`.
 
 Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback), 75 interrupted and resumable.
 """
@@ -156,6 +156,23 @@ def ask(
     for name, weight in reply.weights:
         console.print(f"  α {weight:.3f}  {name}", highlight=False, markup=False)
     _write(json_, {"answer": reply.text, "weights": dict(reply.weights)})
+
+
+@cli.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="A benchmark; without one: what there is.")] = "",
+    json_: Json = None,
+) -> None:
+    """Measure fedstrata side by side with what others do."""
+    from fedstrata.server import bench as benches
+
+    if not name:
+        for known, what in benches.names().items():
+            console.print(f"{known:14s} {what}", highlight=False)
+        return
+    result = benches.measure(name)
+    benches.show(result, console)
+    _write(json_, result)
 
 
 def _write(path: Path | None, result: object) -> None:

@@ -1,51 +1,77 @@
-"""How far the accepted updates of a round moved, and `federation.clip`: none moves further than their median."""
+"""`federation.clip`: no update of a round moves further than their median."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from fedstrata.core import records
+from fedstrata.core import codec, records
 from fedstrata.core.adapters import Flat
+from fedstrata.core.packing import gather, vector, view
 from fedstrata.core.records import TrainReply
-from fedstrata.server.checks import distance
 from fedstrata.server.exchange import Seat
 from fedstrata.server.flower_private import with_content
+from fedstrata.server.gate import Update
+from fedstrata.server.intake import Passed
 
-Good = list[tuple[Message, TrainReply]]
+if TYPE_CHECKING:
+    from fedstrata.server.noise import Noise
 
 
 def starts(seats: Sequence[Seat], messages: Sequence[Message]) -> dict[int, Flat]:
-    """partition → the adapter that it was sent."""
+    """partition → the adapter that it was sent; those of one subspace share its bytes."""
     at = {seat.node: seat.partition for seat in seats}
     sent = {at[m.metadata.dst_node_id]: m.content.array_records.get(records.ARRAYS, ArrayRecord()) for m in messages}
-    return {partition: arrays[records.FLAT].numpy() for partition, arrays in sent.items() if records.FLAT in arrays}
+    return {partition: view(arrays[records.FLAT]) for partition, arrays in sent.items() if records.FLAT in arrays}
 
 
-def norms(good: Good, sent: Mapping[int, Flat]) -> dict[int, float]:
-    """partition → norm of its update; one that was sent no adapter of the same length has none."""
-    found = {reply.binding.partition: reply.flat for _, reply in good}
-    same = {p: flat for p, flat in found.items() if p in sent and sent[p].shape == flat.shape}
-    return {partition: distance(flat, sent[partition]) for partition, flat in same.items()}
+def factors(norms: Mapping[int, float]) -> dict[int, float]:
+    """partition → what its update is multiplied by, for those that are longer than the median of the norms."""
+    most = median(norms.values()) if norms else 0.0
+    return {partition: most / norm for partition, norm in norms.items() if norm > most}
 
 
-def clip(good: Good, sent: Mapping[int, Flat], lengths: Mapping[int, float]) -> Good:
-    """The same replies; updates that are longer than the round's median are scaled down to it."""
-    if not lengths:
-        return good
-    most, clipped = median(lengths.values()), []
-    for message, reply in good:
-        partition = reply.binding.partition
-        if lengths.get(partition, 0.0) > most:
-            start = sent[partition].astype(np.float64)
-            flat = (start + (reply.flat - start) * (most / lengths[partition])).astype(np.float32)
-            message, reply = _with_flat(message, flat), replace(reply, flat=flat)
-        clipped.append((message, reply))
-    return clipped
+@dataclass(frozen=True)
+class Updates:
+    """The accepted updates of a round, in the order of partitions; may be gone through more than once.
 
+    Going through them loads one at a time, as the message that a strategy averages: whole, and clipped where that was
+    asked for. So a mean needs memory for itself and one adapter, however many there are.
+    """
 
-def _with_flat(message: Message, flat: Flat) -> Message:
-    content = {key: message.content[key] for key in message.content}
-    return with_content(message, RecordDict({**content, records.ARRAYS: records.arrays(flat=flat)}))
+    passed: Sequence[Passed[Update]]
+    sent: Mapping[int, Flat]
+    scaled: Mapping[int, float] = field(default_factory=dict)  # partition → factor of its update
+    noise: "Noise | None" = None  # added to every one of them; all weigh the same then
+
+    @property
+    def replies(self) -> list[TrainReply]:
+        """What they say beside the arrays."""
+        return [passed.value.reply for passed in self.passed]
+
+    @property
+    def norms(self) -> dict[int, float]:
+        """partition → norm of its update as it came."""
+        return {passed.partition: passed.value.norm for passed in self.passed if passed.value.norm is not None}
+
+    def __len__(self) -> int:
+        return len(self.passed)
+
+    def __iter__(self) -> Iterator[Message]:
+        return (self._whole(passed) for passed in self.passed)
+
+    def _whole(self, passed: Passed[Update]) -> Message:
+        message, factor = passed.load(), self.scaled.get(passed.partition, 1.0)
+        record = cast(ArrayRecord, message.content[records.ARRAYS])
+        if records.FLAT in record and factor == 1.0 and self.noise is None:
+            return message
+        start = self.sent[passed.partition]
+        array, flat = vector(start.size)
+        codec.restore(start, {name: view(part) for name, part in record.items()}, factor, flat)
+        content = {name: message.content[name] for name in message.content}
+        if self.noise is not None:
+            self.noise.add(flat, passed.partition)
+            content[records.METRICS] = records.weighing(cast(MetricRecord, content[records.METRICS]), 1)
+        return with_content(message, RecordDict({**content, records.ARRAYS: gather([(records.FLAT, array)])}))

@@ -14,8 +14,8 @@ STORAGE = {  # what a disk or a folder may refuse with; anything else is a bug
 }
 
 
-def write_atomic(path: Path, data: bytes, flush: bool = True) -> None:
-    """Readers see the old file or the whole new one; flush: also after a power cut.
+def write_atomic(path: Path, *data: bytes, flush: bool = True) -> None:
+    """Readers see the old file or the whole new one, all parts of it; flush: also after a power cut.
 
     Raises:
         OSError: the old file stands, and nothing half-written is left behind.
@@ -23,7 +23,8 @@ def write_atomic(path: Path, data: bytes, flush: bool = True) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            put(file, data)
+            for part in data:
+                put(file, part)
             if flush:
                 sync_file(file)
         rename(temporary, path)

@@ -10,15 +10,19 @@ from flwr.serverapp import Grid
 
 from fedstrata.core import records
 from fedstrata.core.errors import FedstrataError
+from fedstrata.core.packing import view
 from fedstrata.core.records import Assignment
 from fedstrata.server.arrivals import Arrived, ArrivingRayGrid
 from fedstrata.server.checks import Kind, Refused
-from fedstrata.server.gate import Expected, Rejected, pass_replies, strays
-from fedstrata.server.grids import InProcessGrid, units
+from fedstrata.server.gate import Expected, Rejected
+from fedstrata.server.grids import InProcessGrid, LocalGrid, units
+from fedstrata.server.intake import Intake, Passed
 from fedstrata.server.replies import Replies, whole_units
 from fedstrata.server.scoregate import read_description
 
 T = TypeVar("T")
+AT_ONCE = 4  # replies fetched from Flower's own grid in one call, and so the most that are held
+PAUSE = 1.0  # seconds between two rounds of asking it
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Ledger:
     strays: list[Kind] = field(default_factory=list)
     accepted: set[int] = field(default_factory=set)  # partitions whose update may be used
     norms: dict[int, float] = field(default_factory=dict)  # partition → norm of its accepted update
+    told: set[int] = field(default_factory=set)  # partitions that were asked for a token and may have sent one
+    few: set[int] = field(default_factory=set)  # partitions with too few instructions for a token
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,23 @@ class Question(Generic[T]):
     Attributes:
         size: the length of the reply's array.
         limits: partition → the largest norm of an update; one that is missing has no limit.
+        extras: name → shape of what a reply holds beside the array.
+        upload: how the array travels (`federation.upload`).
     """
 
     read: Callable[[Message, Expected], T]
     size: int
     limits: Mapping[int, float] = field(default_factory=dict)
+    extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    upload: str = "float32"
 
     def expected(self, seat: Seat, message: Message) -> Expected:
         """What the answer of one seat must look like."""
         at = seat.assignment.binding
         arrays = message.content.array_records.get(records.ARRAYS, ArrayRecord())
-        start = arrays[records.FLAT].numpy() if records.FLAT in arrays else None
-        return Expected(at, self.size, seat.samples, start, self.limits.get(at.partition, float("inf")))
+        start = view(arrays[records.FLAT]) if records.FLAT in arrays else None
+        limit = self.limits.get(at.partition, float("inf"))
+        return Expected(at, self.size, seat.samples, start, limit, self.extras, self.upload)
 
 
 class Exchange:
@@ -75,49 +86,60 @@ class Exchange:
 
     def ask(
         self, question: Question[T], seats: Sequence[Seat], messages: Sequence[Message], ledger: Ledger
-    ) -> list[tuple[Message, T]]:
+    ) -> list[Passed[T]]:
         """Addresses the messages, sends them and gates the replies; good ones come back in the order of partitions."""
         at = {seat.node: seat for seat in seats}
         sent = [records.address(message, at[message.metadata.dst_node_id].assignment) for message in messages]
         expected = {m.metadata.dst_node_id: question.expected(at[m.metadata.dst_node_id], m) for m in sent}
-
-        def keep(asked: Sequence[Message], came: Sequence[Message]) -> None:
-            good, _ = pass_replies(asked, came, expected, question.read)
-            for request, reply in _pairs(asked, [reply for reply, _ in good]):
-                self.kept.keep(request, reply)
-
-        replies = self._collect(sent, keep)
-        ledger.down += records.tensor_bytes(sent)
-        ledger.up += records.tensor_bytes(replies)
-        good, bad = pass_replies(sent, replies, expected, question.read)
-        ledger.rejected += bad
-        ledger.strays += strays(sent, replies)
-        return good
-
-    def _collect(self, sent: Sequence[Message], keep: Arrived) -> list[Message]:
-        """Kept replies and those that are asked for; `keep` is called for every unit that comes in."""
-        cohorts = units(sent, getattr(self.grid, "cohort_size", 1))
-        found = {id(request): reply for request in sent if (reply := self.kept.have(request)) is not None}
-        missing = whole_units(cohorts, set(found))
-        again = {id(request) for unit in missing for request in unit}
-        replies = [reply for name, reply in found.items() if name not in again]
+        intake = Intake(expected, question.read, self.kept, self.grid)
         deadline = time.monotonic() + self.timeout
-        for asked in _batches(self.grid, missing):
-            replies += _send(self.grid, asked, max(0.0, deadline - time.monotonic()), keep)
-        return replies
+        for asked in _batches(self.grid, self._missing(sent, intake)):
+            _send(self.grid, asked, max(0.0, deadline - time.monotonic()), intake.take)
+        ledger.down += records.tensor_bytes(sent)
+        ledger.up += intake.bytes
+        ledger.rejected += intake.rejected(sent)
+        ledger.strays += intake.strays(sent)
+        return intake.passed()
+
+    def _missing(self, sent: Sequence[Message], intake: Intake[T]) -> list[list[Message]]:
+        """The units that are to be asked; of the others the kept replies are taken in."""
+        found = {id(request) for request in sent if self.kept.have(request) is not None}
+        missing = whole_units(units(sent, getattr(self.grid, "cohort_size", 1)), found)
+        again = {id(request) for unit in missing for request in unit}
+        for request in sent:
+            kept = None if id(request) in again else self.kept.have(request)
+            if kept is not None:
+                intake.recall(request, *kept)
+        return missing
 
 
-def _send(grid: Grid, asked: Sequence[Message], timeout: float, keep: Arrived) -> list[Message]:
-    """A grid that can tell of every unit does so; of another one's replies all are kept at the end."""
-    if not isinstance(grid, ArrivingRayGrid):
-        came = list(grid.send_and_receive(asked, timeout=timeout))
-        keep(asked, came)
-        return came
-    grid.arrived = keep
+def _send(grid: Grid, asked: Sequence[Message], timeout: float, take: Arrived) -> None:
+    """Ours tell of every unit when it comes in; of Flower's own, replies are fetched a few at a time."""
+    if not isinstance(grid, LocalGrid):
+        _fetch(grid, asked, timeout, take)
+        return
+    if isinstance(grid, ArrivingRayGrid):
+        grid.arrived = take
     try:
-        return list(grid.send_and_receive(asked, timeout=timeout))
+        take(asked, list(grid.send_and_receive(asked, timeout=timeout)))
     finally:
-        grid.arrived = None
+        if isinstance(grid, ArrivingRayGrid):
+            grid.arrived = None
+
+
+def _fetch(grid: Grid, asked: Sequence[Message], timeout: float, take: Arrived) -> None:
+    """What Flower's `send_and_receive` does, without holding all replies at once."""
+    waiting = [name for name in grid.push_messages(asked) if name]
+    deadline = time.monotonic() + timeout
+    while waiting and time.monotonic() < deadline:
+        answered: set[str] = set()
+        for begin in range(0, len(waiting), AT_ONCE):
+            came = list(grid.pull_messages(waiting[begin : begin + AT_ONCE]))
+            answered |= {reply.metadata.reply_to_message_id for reply in came}
+            take(asked, came)
+        waiting = [name for name in waiting if name not in answered]
+        if waiting:
+            time.sleep(PAUSE)
 
 
 def _batches(grid: Grid, missing: Sequence[Sequence[Message]]) -> list[list[Message]]:
@@ -125,11 +147,6 @@ def _batches(grid: Grid, missing: Sequence[Sequence[Message]]) -> list[list[Mess
     if isinstance(grid, InProcessGrid):
         return [list(unit) for unit in missing]
     return [[message for unit in missing for message in unit]] if missing else []
-
-
-def _pairs(sent: Sequence[Message], good: Sequence[Message]) -> list[tuple[Message, Message]]:
-    by_name = {request.metadata.message_id: request for request in sent}
-    return [(by_name[reply.metadata.reply_to_message_id], reply) for reply in good]
 
 
 def questions(seats: Sequence[Seat], kind: str) -> list[Message]:

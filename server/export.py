@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fedstrata.core import shapes
-from fedstrata.core.adapters import Layout, save_peft
+from fedstrata.core.adapters import Layout
 from fedstrata.core.config import RunConfig, from_dict
 from fedstrata.core.errors import BadInput
+from fedstrata.core.peftfolder import differences, own_values, save_peft
 from fedstrata.core.records import Description, Knowledge
 from fedstrata.server import checkpoint, preparing
 from fedstrata.server.exchange import describe
@@ -57,13 +57,14 @@ def export(run_dir: Path, to: Path) -> list[str]:
     if to.exists():
         raise BadInput(f"--to: {to} exists already; name a new folder")
     config, knowledge, description = read_knowledge(run_dir)
-    layout, scaling = Layout.from_json(description.layout), config.lora.alpha / config.lora.rank
+    layout = Layout.from_json(description.layout)
+    own = own_values(config.model.name, config.model.dtype, layout) if differences(layout) else {}
     unfinished = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     names = [f"subspace-{index}" for index in range(len(knowledge.adapters))]
-    dense = shapes.dense_weights(config.model.name, layout) if layout.dense else None
     for name, adapter in zip(names, knowledge.adapters, strict=True):
         flat = np.concatenate([adapter, knowledge.shared])
-        save_peft(unfinished / name, layout, flat, scaling, config.model.name, dense)
+        lora = config.lora
+        save_peft(unfinished / name, layout, flat, lora.scaling, config.model.name, own, lora.kind == "rslora")
     unfinished.mkdir(parents=True, exist_ok=True)
     router = json.dumps(_router(config, knowledge, description, names), indent=1)
     (unfinished / "router.json").write_text(router, encoding="utf-8")
@@ -83,5 +84,6 @@ def _router(config: RunConfig, knowledge: Knowledge, says: Description, names: l
         "text_encoder": says.encoder or None,
         "base": says.base,
         "base_hash": says.base_hash,
-        "scaling": config.lora.alpha / config.lora.rank,
+        "kind": config.lora.kind,
+        "scaling": config.lora.scaling,
     }

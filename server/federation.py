@@ -8,6 +8,7 @@ function of (seed, stage, round, state); every round ends in one commit.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,13 @@ from flwr.serverapp import Grid
 from fedstrata.core import records
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import FedstrataError
-from fedstrata.core.records import Assignment, Binding, TrainReply
+from fedstrata.core.records import Assignment, Binding
 from fedstrata.scenarios.stream import Scenario
-from fedstrata.server import checkpoint, clipping, durable, memory
+from fedstrata.server import checkpoint, clipping, durable, fitting, memory, noise, privacy
+from fedstrata.server.checks import Kind
 from fedstrata.server.chronicle import Chronicle, Done
 from fedstrata.server.exchange import Exchange, Ledger, Question, Seat, questions
-from fedstrata.server.gate import read_token, read_train
+from fedstrata.server.gate import read_token, read_update
 from fedstrata.server.grids import ParticipantsGrid
 from fedstrata.server.participation import earlier, participants, share_size
 from fedstrata.server.progress import Progress
@@ -54,12 +56,14 @@ class Federation:
         """roster: partition → node; dim: length of an identity token; bound: what its commits belong to."""
         self.config, self.config_json, self.run_id = config, config_json, run_id
         self.scenario, self.strategy, self.grid, self.roster = scenario, strategy, grid, roster
-        self.folder, self.chronicle, self.progress, self.dim = folder, chronicle, progress, dim
+        self.folder, self.chronicle, self.progress, self.dim = folder, chronicle, noise.keyed(config, progress), dim
         self.rounds = config.federation.rounds_per_stage
         self.bound = dict(bound)
+        self.clients = memory.Clients(grid, roster)
         self.replies = Replies(folder / "checkpoints")
         self.exchange = Exchange(grid, config.federation.timeout, self.replies)
         self.tokens: memory.Tokens = {}  # (client, hash of its data) → token, asked for once
+        fitting.resize(grid, progress.cohort or fitting.cohort_of(grid))
 
     def run(self) -> Progress:
         """Runs what is left of the scenario."""
@@ -77,20 +81,21 @@ class Federation:
     def _round(self, stage: int, round_: int) -> None:
         """query.identify → gate → match, then train → gate → aggregate → commit."""
         began, ledger = time.perf_counter(), Ledger()
-        seats = self._sample(stage, round_)
+        seats = self._enough(stage, round_, self._sample(stage, round_), ledger)
         participants = self._identify(seats, ledger)
         known = len(self.strategy.knowledge().adapters)
         self.strategy.meet(participants)
         messages = self._configure(stage, round_, participants)
-        replies = self._train(seats, messages, ledger)
-        skipped = len(replies) < self.config.federation.min_replies
+        updates = self._train(seats, messages, ledger)
+        skipped = len(updates) < self.config.federation.min_replies
         if not skipped:
-            self.strategy.aggregate_train(self._number(stage, round_), [message for message, _ in replies])
+            self.strategy.aggregate_train(self._number(stage, round_), updates)
         self._check_failures(ledger)
         by_partition = {seat.partition: seat for seat in seats}
-        done = [(by_partition[reply.binding.partition], reply) for _, reply in replies] if not skipped else []
+        done = [(by_partition[reply.binding.partition], reply) for reply in updates.replies] if not skipped else []
         seconds = time.perf_counter() - began
         self._book(stage, round_, done, ledger, skipped, seconds)
+        self._shrink(stage, round_, done)
         tokens = {p.partition: p.token for p in participants if p.token is not None}
         opened = range(known, len(self.strategy.knowledge().adapters))
         self.chronicle.round(stage, round_, done, tokens, ledger, opened, skipped, seconds)
@@ -101,14 +106,21 @@ class Federation:
         number = self._number(stage, round_)
         away = {client for client, until in self.progress.quarantine.items() if until >= number}
         drawn = participants(self.config, self.scenario, stage, round_, self.strategy.pooled, away)
-        seats = [self._seat(stage, round_, position, client) for position, client in enumerate(drawn)]
+        past = earlier(self.config, self.scenario, stage, round_) if self.strategy.pooled else Counter[int]()
+        seats = [self._seat(stage, round_, place, client, past[client]) for place, client in enumerate(drawn)]
         return [seat for seat in seats if seat.samples > 0]
 
-    def _seat(self, stage: int, round_: int, position: int, client: int) -> Seat:
-        tasks, part, parts = self.scenario.tasks_of(stage, round_, position, client), 0, 1
+    def _enough(self, stage: int, round_: int, seats: Sequence[Seat], ledger: Ledger) -> list[Seat]:
+        """Without the clients that hold too few instructions for a token; they are listed."""
+        least = privacy.least(self.config)
+        ledger.few.update(privacy.too_few(self.config, self.scenario, stage, round_))
+        ledger.few.update(seat.partition for seat in seats if seat.samples < least)
+        return [seat for seat in seats if seat.samples >= least]
+
+    def _seat(self, stage: int, round_: int, position: int, client: int, part: int) -> Seat:
+        tasks, parts = self.scenario.tasks_of(stage, round_, position, client), 1
         if self.strategy.pooled:
             tasks, parts = tuple(range(len(self.scenario.tasks))), len(self.scenario.stages)
-            part = earlier(self.config, self.scenario, stage, round_)[client]
         binding = Binding(self.run_id, stage, round_, client)
         layout = self.strategy.setup.layout.hash
         assignment = Assignment(binding, tasks, part, parts, self.config_json, layout)
@@ -122,8 +134,11 @@ class Federation:
             asked = [seat for seat in seats if self._data(seat) not in self.tokens]
             by_partition = {seat.partition: seat for seat in asked}
             sent = questions(asked, records.IDENTIFY)
-            for message, token in self.exchange.ask(Question(read_token, self.dim), asked, sent, ledger):
-                self.tokens[self._data(by_partition[records.binding(message).partition])] = token
+            for passed in self.exchange.ask(Question(read_token, self.dim), asked, sent, ledger):
+                self.tokens[self._data(by_partition[passed.partition])] = passed.value
+            ledger.few.update(bad.partition for bad in ledger.rejected if bad.kind == Kind.TOO_FEW)
+            ledger.rejected = [bad for bad in ledger.rejected if bad.kind != Kind.TOO_FEW]
+            ledger.told.update(by_partition.keys() - ledger.few)
             known = [(seat, self.tokens.get(self._data(seat))) for seat in seats]
             return [Participant(s.node, s.partition, token) for s, token in known if token is not None]
         told = self.strategy.uses_task_identity
@@ -134,16 +149,21 @@ class Federation:
         number = self._number(stage, round_)
         return list(self.strategy.configure_train(number, ArrayRecord(), ConfigRecord(), view)) if participants else []
 
-    def _train(
-        self, seats: Sequence[Seat], messages: Sequence[Message], ledger: Ledger
-    ) -> list[tuple[Message, TrainReply]]:
+    def _train(self, seats: Sequence[Seat], messages: Sequence[Message], ledger: Ledger) -> clipping.Updates:
         """The good replies, clipped if that is asked for; the norms of their updates go into the ledger."""
         size = self.strategy.setup.layout.size(self.strategy.adapter_rank)
+        section = self.config.federation
         limits = {client: self.progress.limit(subspace) for client, subspace in self.strategy.placement().items()}
-        good = self.exchange.ask(Question(read_train, size, limits), seats, messages, ledger)
-        sent = clipping.starts(seats, messages)
-        ledger.accepted, ledger.norms = {reply.binding.partition for _, reply in good}, clipping.norms(good, sent)
-        return clipping.clip(good, sent, ledger.norms) if self.config.federation.clip == "median" else good
+        if section.update_noise:
+            limits = {}  # they come of others' updates, and clipping bounds the norm
+        question = Question(read_update, size, limits, self.strategy.extras(), section.upload)
+        self.clients.asked([seat.partition for seat in seats])
+        good = self.exchange.ask(question, seats, messages, ledger)
+        updates = clipping.Updates(good, clipping.starts(seats, messages))
+        ledger.accepted, ledger.norms = {passed.partition for passed in good}, updates.norms
+        if section.clip == "median":
+            return replace(updates, scaled=clipping.factors(ledger.norms))
+        return noise.guarded(updates, self.strategy, section, noise.key_of(self.config, self.progress))
 
     def _data(self, seat: Seat) -> tuple[int, str]:
         at = seat.assignment.binding
@@ -166,6 +186,7 @@ class Federation:
         progress = self._judge(stage, round_, ledger)
         norms = {client: norm for client, norm in ledger.norms.items() if client in good}
         progress = progress.count_norms((placement.get(client, 0), norm) for client, norm in norms.items())
+        progress = progress.count_sent(ledger.told, good, ledger.few)
         for seat, _ in done:
             progress = progress.count_trained(self._counts(seat), placement.get(seat.partition, 0))
         self.progress = replace(
@@ -178,6 +199,14 @@ class Federation:
             train_seconds=progress.train_seconds + sum(reply.seconds for _, reply in done),
             wall_seconds=progress.wall_seconds + seconds,
         )
+
+    def _shrink(self, stage: int, round_: int, done: Done) -> None:
+        """Cohorts for which a client had no memory are smaller from the next round on."""
+        before = fitting.cohort_of(self.grid)
+        self.progress = self.progress.fit((reply.options for _, reply in done), before)
+        fitting.resize(self.grid, self.progress.cohort or before)
+        if (after := fitting.cohort_of(self.grid)) < before:
+            self.chronicle.shrunk(stage, round_, before, after)
 
     def _judge(self, stage: int, round_: int, ledger: Ledger) -> Progress:
         """Counts what was refused; who is refused round after round is not drawn for a while."""
@@ -205,8 +234,9 @@ class Federation:
     def _commit(self, keep: bool = False) -> None:
         self.progress = replace(self.progress, commits=self.progress.commits + 1)
         at, kept = self.progress.to_json(), memory.pack(self.tokens, self.strategy)
-        commit = checkpoint.Commit(self.strategy.save(), at, self.progress.commits, kept, self.bound)
-        checkpoint.write(self.folder / "checkpoints", commit, keep)
+        folder, number = self.folder / "checkpoints", self.progress.commits
+        commit = checkpoint.Commit(self.strategy.save(), at, number, kept, self.bound, self.clients.store(folder))
+        checkpoint.write(folder, commit, keep)
         self.replies.clear()
         self.write_matrix()
 

@@ -3,16 +3,18 @@ with the reason; it never costs the run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
-from fedstrata.core import records
+from fedstrata.core import codec, records
 from fedstrata.core.identity import Token
+from fedstrata.core.packing import view
 from fedstrata.core.records import Binding, TrainReply
+from fedstrata.core.streaming import distance
 from fedstrata.server import checks
 from fedstrata.server.checks import Kind, Refused
 
@@ -26,6 +28,8 @@ class Expected:
     Attributes:
         start: the adapter that was sent, where there was one.
         limit: the largest norm that the difference to `start` may have.
+        extras: name → shape of every array that the method declares beside the adapter.
+        upload: how the adapter travels (`federation.upload`); encoded, it is a difference to `start`.
     """
 
     binding: Binding
@@ -33,6 +37,20 @@ class Expected:
     samples: int
     start: npt.NDArray[np.float32] | None = field(default=None, compare=False)
     limit: float = float("inf")
+    extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    upload: str = "float32"
+
+
+@dataclass(frozen=True)
+class Update:
+    """A train reply that passed, without its arrays.
+
+    Attributes:
+        norm: how far it moved the adapter that was sent; None where it was sent none of its length.
+    """
+
+    reply: TrainReply
+    norm: float | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,8 @@ def admit(reply: Message | None, want: Expected, read: Callable[[Message, Expect
     if reply is None:
         raise Refused(Kind.LATE, "no reply in time")
     if reply.has_error():
+        if reply.error.code == records.TOO_FEW:
+            raise Refused(Kind.TOO_FEW, str(reply.error.reason))
         raise Refused(Kind.FAILED, f"the client failed: {reply.error.reason}")
     try:
         came = records.binding(reply)
@@ -107,18 +127,34 @@ def admit(reply: Message | None, want: Expected, read: Callable[[Message, Expect
 
 
 def read_train(message: Message, want: Expected) -> TrainReply:
-    """A train reply whose adapter is float32, of the expected length and finite, and whose count is the known one."""
-    checks.declared(message.content.array_records[records.ARRAYS][records.FLAT], want.size)
-    reply = records.read_train_reply(message)
-    _alone(message)
+    """A train reply whose adapter is of the expected form, length and finite, and whose count is the known one.
+
+    `flat` is the adapter whatever it travelled as; its numbers may be the message's own bytes.
+    """
+    return _train(message, want)[0]
+
+
+def read_update(message: Message, want: Expected) -> Update:
+    """The same without the arrays, so that the message can be let go of."""
+    reply, norm = _train(message, want)
+    return Update(replace(reply, flat=np.empty(0, dtype=np.float32), extra={}), norm)
+
+
+def _train(message: Message, want: Expected) -> tuple[TrainReply, float | None]:
+    """A good reply and the norm of its update."""
+    _declared(message, want)
+    _extras(message, want)
+    reply = records.read_train_reply(message, want.start)
+    _alone(message, want)
     checks.decoded(reply.flat, want.size)
+    for name, shape in want.extras.items():
+        checks.decoded(reply.extra[name], *shape)
     checks.counted(reply.count, want.samples)
     for name in ("loss", "seconds"):
         checks.finite(name, getattr(reply, name))
     checks.between("steps", reply.steps, 0, float("inf"))
     checks.between("seconds", reply.seconds, 0, float("inf"))
-    _near(reply, want)
-    return reply
+    return reply, _near(reply, want)
 
 
 def read_token(message: Message, want: Expected) -> Token:
@@ -130,17 +166,42 @@ def read_token(message: Message, want: Expected) -> Token:
     return token
 
 
-def _alone(message: Message) -> None:
+def _declared(message: Message, want: Expected) -> None:
+    """The adapter's arrays: types, sizes and number of scales, before anything is decoded with them."""
+    arrays = message.content.array_records[records.ARRAYS]
+    wanted = codec.declared(want.upload, want.size)
+    for name, (dtype, size) in wanted.items():
+        checks.declared(arrays[name], size, dtype=dtype)
+    if want.upload != "float32":
+        for name, (dtype, size) in wanted.items():
+            checks.decoded(view(arrays[name]), size, dtype=dtype)
+    if codec.SCALES in wanted:
+        good = codec.finite(view(arrays[codec.SCALES]))
+        checks.check(good, Kind.NOT_FINITE, f"{codec.SCALES}: must be finite and not negative")
+
+
+def _extras(message: Message, want: Expected) -> None:
+    """Exactly what the method declares, checked before anything is decoded: nothing else can leave a client."""
+    came = message.content.array_records.get(records.EXTRA, ArrayRecord())
+    checks.keys({records.EXTRA: sorted(came)}, {records.EXTRA: sorted(want.extras)})
+    for name, shape in want.extras.items():
+        checks.declared(came[name], *shape)
+
+
+def _alone(message: Message, want: Expected) -> None:
     """Flower's own strategies average all that they find and end the run where replies differ in their keys."""
     content = message.content
     came = {name: sorted(content[name]) for name in (*content.array_records, *content.metric_records)}
-    checks.keys(came, {records.ARRAYS: [records.FLAT], records.METRICS: sorted(records.TRAIN_METRICS)})
+    extra = {records.EXTRA: sorted(want.extras)} if want.extras else {}
+    arrays = sorted(codec.declared(want.upload, want.size))
+    checks.keys(came, {records.ARRAYS: arrays, **extra, records.METRICS: sorted(records.TRAIN_METRICS)})
 
 
-def _near(reply: TrainReply, want: Expected) -> None:
-    """An update far larger than those that the subspace has seen would be the aggregate."""
-    if want.start is None or want.start.shape != reply.flat.shape or want.limit == float("inf"):
-        return
-    norm = checks.distance(reply.flat, want.start)
+def _near(reply: TrainReply, want: Expected) -> float | None:
+    """The norm of the update; one far larger than those that the subspace has seen would be the aggregate."""
+    if want.start is None or want.start.shape != reply.flat.shape:
+        return None
+    norm = distance(reply.flat, want.start)
     rule = f"at most {want.limit:.4g}, 10 × the subspace's median"
     checks.check(norm <= want.limit, Kind.NORM, f"norm of the update: must be {rule}, got {norm:.4g}")
+    return norm

@@ -1,7 +1,7 @@
 """Grids of our own: Flower's `Grid` is the only door between server and clients.
 
 `InProcessGrid` serves every message in this process (tests, debuggers); `RayGrid` in `raygrid.py` is the simulation's
-default. Both call the same ClientApp, named by reference, and both keep one Context per simulated client.
+default. Both call the same ClientApp, named by reference, and both keep what a simulated client keeps in its Context.
 """
 
 import importlib
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from fedstrata.core import records
@@ -27,17 +28,26 @@ class LocalGrid(Grid):
         self._run = become_server()
         self._sent = 0
         self._replies: dict[str, Message] = {}
-        self.contexts = {
-            FIRST_NODE + index: Context(
-                1, FIRST_NODE + index, {"partition-id": index, "num-partitions": clients}, RecordDict(), {}
-            )
-            for index in range(clients)
-        }
+        self._nodes = range(FIRST_NODE, FIRST_NODE + clients)
+        self._states: dict[int, RecordDict] = {}  # of the clients that keep something
 
     @property
     def roster(self) -> dict[int, int]:
         """partition id → node id."""
-        return {int(context.node_config["partition-id"]): node for node, context in self.contexts.items()}
+        return dict(enumerate(self._nodes))
+
+    def state(self, node: int) -> RecordDict | None:
+        """What a client keeps; None when it is nothing. Raises KeyError for a node that is not there."""
+        if node not in self._nodes:
+            raise KeyError(node)
+        return self._states.get(node)
+
+    def remember(self, node: int, state: RecordDict | None) -> None:
+        """What a client keeps from now on."""
+        if state is None:
+            self._states.pop(node, None)
+        else:
+            self._states[node] = state
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -52,7 +62,7 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
+        return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Serves the messages at once; `pull_messages` hands out the replies."""
@@ -87,8 +97,14 @@ class InProcessGrid(LocalGrid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         replies: list[Message] = []
         for unit in units(self._number(messages), self.cohort_size):
-            replies += answer(self._app, unit, [self.contexts[message.metadata.dst_node_id] for message in unit])
+            contexts = [self._context(message.metadata.dst_node_id) for message in unit]
+            replies += answer(self._app, unit, contexts)
+            for context in contexts:
+                self.remember(context.node_id, context.state if len(context.state) else None)
         return replies
+
+    def _context(self, node: int) -> Context:
+        return client_context(node, len(self._nodes), self.state(node))
 
     def close(self) -> None:
         """Nothing was started."""
@@ -139,6 +155,12 @@ def units(messages: Sequence[Message], cohort_size: int) -> list[list[Message]]:
         else:
             found.append([message])
     return found
+
+
+def client_context(node: int, clients: int, state: RecordDict | None) -> Context:
+    """What a simulated client has of its own, as Flower hands it to a ClientApp."""
+    told: UserConfig = {"partition-id": node - FIRST_NODE, "num-partitions": clients}
+    return Context(1, node, told, RecordDict() if state is None else state, {})
 
 
 def load_app(reference: str) -> Any:

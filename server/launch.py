@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from fedstrata.core import config as configuration
+from fedstrata.core.adapters import unfusable
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.core.metrics import AccuracyMatrix
@@ -23,12 +24,14 @@ from fedstrata.server.checkpoint import Found
 from fedstrata.server.chronicle import Chronicle
 from fedstrata.server.display import Display
 from fedstrata.server.federation import Federation
+from fedstrata.server.plan import plan_of
+from fedstrata.server.planned import actual_of, compare
 from fedstrata.server.preparing import Prepared, prepare
 from fedstrata.server.progress import Progress
 from fedstrata.server.report import write_report
 from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder, locked, unused
 from fedstrata.server.summary import summarise
-from fedstrata.strategies.base import Strategy
+from fedstrata.strategies.base import Parts, Strategy
 
 
 def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
@@ -46,7 +49,7 @@ def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
         with storage(folder), locked(folder):
             if (folder / CONFIG).exists():
                 raise _taken(folder)
-            text = yaml.safe_dump(configuration.to_dict(config), sort_keys=False)
+            text = yaml.safe_dump(configuration.to_dict(prepared.config), sort_keys=False)
             durable.write_atomic(folder / CONFIG, text.encode())
             return _run(prepared, folder, console)
     finally:
@@ -105,6 +108,9 @@ def _hello(config: RunConfig, folder: Path, console: Console) -> None:
     """The first line, before libraries and base models are loaded, which takes a while."""
     what = f"{config.strategy.name} on {config.scenario.name}, seed {config.seed}"
     console.print(f"{what} → {folder}: starting clients …", highlight=False, markup=False, soft_wrap=True)
+    if why := unfusable(config):
+        line = f"cohorts: one client at a time, because {why}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None = None) -> Path:
@@ -161,7 +167,11 @@ def _federation(prepared: Prepared, folder: Path, console: Console, start: Found
         bound,
     )
     federation.tokens = tokens
-    tracker.event("run_started", **_started(prepared, strategy))
+    federation.clients.restore(commit.memory if commit else Parts({}))
+    federation.chronicle.plan = plan = plan_of(prepared)
+    tracker.event("run_started", **_started(prepared, strategy), plan=plan.json())
+    if why := unfusable(config):
+        tracker.event("one_client_at_a_time", reason=why)
     return federation
 
 
@@ -190,7 +200,8 @@ def _started(prepared: Prepared, strategy: Strategy) -> dict[str, Any]:
 def _finish(federation: Federation, description: Description, status: str, wall: float) -> None:
     federation.progress = replace(federation.progress, wall_seconds=wall)
     rejected = dict(federation.progress.rejected)
-    summary = plain({**summarise(federation, description, status), "rejected": rejected})
+    planned = compare(RunFolder(federation.folder).events(), actual_of(federation.progress))
+    summary = plain({**summarise(federation, description, status), "rejected": rejected, "plan": planned})
     with closing(federation.chronicle.tracker) as tracker:
         durable.write_atomic(federation.folder / SUMMARY, json.dumps(summary, indent=1).encode())
         tracker.event("run_finished", **summary)

@@ -9,6 +9,7 @@ import numpy as np
 from fedstrata.core.config import RunConfig
 from fedstrata.core.seeds import generator
 from fedstrata.scenarios.stream import Scenario
+from fedstrata.server import privacy
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,22 @@ def participants(
     pooled: bool = False,
     away: Collection[int] = (),
 ) -> list[int]:
-    """The round's participants, without those that are `away` (in quarantine).
+    """The round's participants, without those that are `away` (in quarantine) or hold too few instructions for a token.
 
     A method that pools all tasks draws from all clients at all times.
     """
     there = range(scenario.client_count) if pooled else scenario.present(stage, round_)
-    return draw(config, [client for client in there if client not in away], stage, round_)
+    away = {*away, *privacy.too_few(config, scenario, stage, round_)}
+    return draw(config, [client for client in there if client not in away] if away else there, stage, round_)
 
 
 def visits(config: RunConfig, scenario: Scenario, stage: int, pooled: bool = False) -> Iterator[Visit]:
     """Every client-round of a stage in which the client has data; `pooled`: of all tasks at all times."""
-    everything = tuple(range(len(scenario.tasks)))
+    everything, least = tuple(range(len(scenario.tasks))), privacy.least(config)
     for round_ in range(1, config.federation.rounds_per_stage + 1):
         for position, client in enumerate(participants(config, scenario, stage, round_, pooled)):
             tasks = everything if pooled else scenario.tasks_of(stage, round_, position, client)
-            if scenario.share_size(tasks, client, *((0, 0) if pooled else (stage, round_))):
+            if scenario.share_size(tasks, client, *((0, 0) if pooled else (stage, round_))) >= least:
                 yield Visit(stage, round_, position, client, tasks)
 
 

@@ -9,14 +9,19 @@ from flwr.serverapp import Grid
 
 from fedstrata import scenarios
 from fedstrata.core import config as configuration
-from fedstrata.core.adapters import Layout
+from fedstrata.core import kernels, machine
+from fedstrata.core.adapters import FUSED, Layout, unfusable
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
+from fedstrata.core.estimate import Shape, client_bytes, work_of
 from fedstrata.core.records import Description
 from fedstrata.scenarios.stream import Scenario
+from fedstrata.server import noise
 from fedstrata.server.arrivals import ArrivingRayGrid
 from fedstrata.server.exchange import describe, find_roster
+from fedstrata.server.fitting import memory_of, on_one_device
 from fedstrata.server.grids import InProcessGrid, LocalGrid
+from fedstrata.server.placement import Wanted
 from fedstrata.server.raygrid import RayGrid
 from fedstrata.server.results import config_hash, settings
 from fedstrata.strategies import find
@@ -31,11 +36,24 @@ def prepare(config: RunConfig, grid: Grid | None = None) -> "Prepared":
     Raises:
         BadInput: a mistake in the config, the scenario's data or the base model.
     """
+    check_kind(config)
+    noise.check(config)
+    config = kernels.settled(config)
     scenario = scenarios.of(config)
     for task in scenario.tasks:
         if not len(getattr(task, config.evaluate.split)):
             raise BadInput(f"evaluate.split: task {task.name} has no {config.evaluate.split} examples to score")
     return Prepared(config, scenario, grid or open_grid(config), owned=grid is None)
+
+
+def check_kind(config: RunConfig) -> None:
+    """Raises `BadInput` for a method that mixes adapters of a kind whose sum means nothing."""
+    strategy, kind = config.strategy, config.lora.kind
+    if kind not in FUSED and find(strategy.name).mixes(strategy):
+        rule = f"must be {' or '.join(FUSED)} where several adapters answer one input, got {kind!r}"
+        activation = getattr(strategy, "activation", "")
+        how = f" and strategy.activation={activation}; strategy.activation=argmax works" if activation else ""
+        raise BadInput(f"lora.kind: {rule} with strategy.name={strategy.name}{how}")
 
 
 class Prepared:
@@ -52,8 +70,27 @@ class Prepared:
             self.close()
             raise
         self.layout = Layout.from_json(self.description.layout)
-        if isinstance(grid, InProcessGrid | RayGrid):
-            grid.cohort_size = cohort_size(config, self.layout)
+        try:
+            self._fit()
+        except BaseException:
+            self.close()
+            raise
+
+    def _fit(self) -> None:
+        """Sets the size of cohorts, and refuses those for which there is no memory."""
+        rank = self.strategy().adapter_rank
+        self.cohort = cohort_size(self.config, self.layout, self.description.shape, rank)
+        self.memory = memory_of(self.config, self.scenario, self.layout, self.description, rank)
+        if isinstance(self.grid, InProcessGrid | RayGrid):
+            self.grid.cohort_size = self.cohort
+            self.memory.check(self.config, self.cohort, on_one_device(self.config, self.actors, self.memory.where))
+
+    @property
+    def actors(self) -> int:
+        """Processes that hold a base model."""
+        if isinstance(self.grid, RayGrid):
+            return self.grid.actors
+        return 1 if isinstance(self.grid, InProcessGrid) else len(self.roster)
 
     def strategy(self) -> Strategy:
         """A fresh strategy."""
@@ -78,8 +115,9 @@ def on_the_wire(config: RunConfig) -> dict[str, Any]:
 
 def setup(config: RunConfig, says: Description, tasks: int) -> Setup:
     """What a strategy is told before the first stage."""
-    layout, lora = Layout.from_json(says.layout), config.lora
-    return Setup(config.seed, layout, lora.rank, tasks, says.tau, says.epsilon, lora.init)
+    layout, lora, f = Layout.from_json(says.layout), config.lora, config.federation
+    told = (config.seed, layout, lora.rank, tasks, says.tau, says.epsilon, lora.init)
+    return Setup(*told, clients=f.clients, rounds=f.rounds_per_stage)
 
 
 def open_grid(config: RunConfig) -> LocalGrid:
@@ -87,24 +125,40 @@ def open_grid(config: RunConfig) -> LocalGrid:
     f = config.federation
     if f.grid == "flower":
         raise BadInput("federation.grid: 'flower' runs under Flower itself: flwr run . --run-config 'overrides=\"…\"'")
-    guess = math.ceil(f.clients_per_round / 2) if f.cohort_size == "auto" else int(f.cohort_size)
+    guess = largest_cohort(config)  # until clients have said how large the base is
     if f.grid == "inprocess":
         return InProcessGrid(f.clients, guess)
-    actors = f.actors or max(1, min(os.cpu_count() or 1, math.ceil(f.clients_per_round / guess)))
-    return ArrivingRayGrid(f.clients, guess, actors, f.threads, config.model.device != "cpu", f.ray_address)
+    wanted = Wanted(f.actors, actors_of(config), f.threads, config.model.device, f.ray_address)
+    return ArrivingRayGrid(f.clients, guess, wanted, f.cohort_timeout)
 
 
-def cohort_size(config: RunConfig, layout: Layout) -> int:
-    """`federation.cohort_size`, or for auto a pure function of config and base: never of actors or free memory.
+def actors_of(config: RunConfig) -> int:
+    """`federation.actors`; for 0 one per GPU, without GPUs one per core, and at most one per cohort of a round."""
+    f = config.federation
+    places = (machine.gpus() if config.model.device != "cpu" else 0) or os.cpu_count() or 1
+    return f.actors or max(1, min(places, math.ceil(f.clients_per_round / largest_cohort(config))))
 
-    Half of the participants, at most 16, and no more than fit into federation.memory_budget by the estimate that a
-    client holds 8 bytes per token and adapted feature, and its adapter with gradient and two moments.
+
+def largest_cohort(config: RunConfig) -> int:
+    """`federation.cohort_size`; for auto half of the participants, so that two actors have work, and at most 16.
+
+    Clients that cannot be fused are trained one at a time.
     """
-    f, t = config.federation, config.train
+    f = config.federation
     if f.cohort_size != "auto":
         return int(f.cohort_size)
-    rows = min(t.micro_batch or t.batch_size, t.batch_size)
-    activations = rows * t.max_length * layout.width * 8
-    client = activations + layout.size(config.lora.rank) * 16
-    fits = int(f.memory_budget * 1e9 // client)
-    return max(1, min(math.ceil(f.clients_per_round / 2), MAX_AUTO_COHORT, fits))
+    return 1 if unfusable(config) else min(math.ceil(f.clients_per_round / 2), MAX_AUTO_COHORT)
+
+
+def cohort_size(config: RunConfig, layout: Layout, shape: str, rank: int) -> int:
+    """`federation.cohort_size`; for auto the largest that fits into federation.memory_budget by `core.estimate`.
+
+    A pure function of config and base: never of actors or free memory.
+
+    shape: as the client's description says it; rank: of what a client trains.
+    """
+    most = largest_cohort(config)
+    if config.federation.cohort_size != "auto" or not shape:
+        return most
+    client = client_bytes(Shape.from_json(shape), layout, rank, work_of(config))
+    return max(1, min(most, int(config.federation.memory_budget * 1e9 // client)))

@@ -12,6 +12,7 @@ WARM = 5  # norms of a subspace before its median limits the next ones
 LIMIT = 10.0  # times the median
 RECENT = 50  # norms that are remembered of each subspace
 STRIKES = 3  # rejections in a row that put a client in quarantine
+COUNTS = ("strikes", "quarantine", "tokens_sent", "updates_sent", "too_few")  # of type {client: number}
 QUARANTINE = 5  # rounds that it is not drawn for then
 
 
@@ -25,6 +26,13 @@ class Progress:
         strikes: client → its rejections in a row.
         quarantine: client → the last round (counted through the run) that it is not drawn for.
         rejected: kind of reason → how many replies were not used for it.
+        cohort: the largest cohort that fits into memory, as clients reported; 0: none was too large.
+        shrunk: how often that was lowered.
+        peak: the most bytes of memory that a client's process reported.
+        tokens_sent: client → how many tokens it has sent at most, each of other data than those before.
+        updates_sent: client → how many of its updates went into the state.
+        too_few: client → rounds in which it held too few instructions for a token.
+        noise_key: what the server's noise is drawn from, where that is not the run's seed; hex digits.
     """
 
     matrix: AccuracyMatrix
@@ -44,6 +52,13 @@ class Progress:
     strikes: Mapping[int, int] = field(default_factory=dict)
     quarantine: Mapping[int, int] = field(default_factory=dict)
     rejected: Mapping[str, int] = field(default_factory=dict)
+    cohort: int = 0
+    shrunk: int = 0
+    peak: int = 0
+    tokens_sent: Mapping[int, int] = field(default_factory=dict)
+    updates_sent: Mapping[int, int] = field(default_factory=dict)
+    too_few: Mapping[int, int] = field(default_factory=dict)
+    noise_key: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(replace(self, matrix=None)), "matrix": self.matrix.to_json()}  # type: ignore[arg-type]
@@ -55,7 +70,7 @@ class Progress:
         routing = {int(task): share for task, share in tree["routing"].items()}
         matrix = AccuracyMatrix.from_json(tree["matrix"])
         norms = {int(subspace): tuple(found) for subspace, found in tree.get("norms", {}).items()}
-        counts = {name: {int(k): n for k, n in tree.get(name, {}).items()} for name in ("strikes", "quarantine")}
+        counts = {name: {int(k): n for k, n in tree.get(name, {}).items()} for name in COUNTS}
         known = {**tree, "matrix": matrix, "trained": trained, "routing": routing, "norms": norms, **counts}
         return Progress(**known)
 
@@ -87,6 +102,24 @@ class Progress:
     def count_rejected(self, kinds: Iterable[str]) -> "Progress":
         """Adds one per kind of reason."""
         return replace(self, rejected=dict(Counter(self.rejected) + Counter(str(kind) for kind in kinds)))
+
+    def count_sent(self, tokens: Iterable[int], updates: Iterable[int], too_few: Iterable[int]) -> "Progress":
+        """Adds one for each of these clients: what they sent in a round, or why they sent nothing."""
+        old = (self.tokens_sent, self.updates_sent, self.too_few)
+        now = (tokens, updates, too_few)
+        told, sent, few = (dict(Counter(before) + Counter(new)) for before, new in zip(old, now, strict=True))
+        return replace(self, tokens_sent=told, updates_sent=sent, too_few=few)
+
+    def fit(self, options: Iterable[Mapping[str, Any]], size: int) -> "Progress":
+        """Takes in what replies say of memory; `size`: the cohort size until now. Words that make no sense count not.
+
+        It depends on what was said, not on the order in which it came.
+        """
+        told = list(options)
+        fits = [o["cohort"] for o in told if type(o.get("cohort")) is int and 1 <= o["cohort"] < size]
+        peaks = [o["peak"] for o in told if type(o.get("peak")) is int]
+        cohort = min([*fits, self.cohort or size]) if fits else self.cohort
+        return replace(self, cohort=cohort, shrunk=self.shrunk + bool(fits), peak=max([self.peak, *peaks]))
 
     def judge(self, number: int, good: Collection[int], bad: Collection[int]) -> "Progress":
         """After round `number`: who answered well is clean; who was rejected too often in a row is sent away."""

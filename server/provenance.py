@@ -42,6 +42,11 @@ def first(events: Iterable[Event], name: str) -> Event:
     return next((event for event in events if event["event"] == name), {})
 
 
+def last(events: Sequence[Event], name: str) -> Event:
+    """The last event of that name; empty without one."""
+    return first(reversed(events), name)
+
+
 def rounds(events: Iterable[Event]) -> list[Event]:
     """The rounds that happened, in order, each once."""
     told = {(e["stage"], e["round"]): e for e in events if e["event"] == "round"}

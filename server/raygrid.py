@@ -1,43 +1,29 @@
 """The simulation's grid: Ray actors, each with one base model, serve cohorts of clients.
 
 Every distinct payload goes into Ray's object store once. Actors take the next unit as they get free; replies are
-handed back in the order of the messages, so neither the number of actors nor their speed shows in the result. A dead
-actor is replaced and its unit served again: a client-round is a pure function of its message.
+handed back in the order of the messages, so neither the number of actors nor their speed shows in the result. An actor
+that dies or takes too long is replaced and its unit served again: a client-round is a pure function of its message.
 """
 
-import logging
-import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from flwr.app import Context, Error, Message, RecordDict
-from ray.exceptions import RayActorError, RayTaskError
+from flwr.app import ArrayRecord, Error, Message
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fedstrata.core.errors import BadInput
-from fedstrata.server.flower_private import with_content
-from fedstrata.server.grids import CLIENT_APP, LocalGrid, answer, load_app, units
+from fedstrata.server.crew import Crew, Worker
+from fedstrata.server.grids import CLIENT_APP, LocalGrid, units
+from fedstrata.server.parcels import pack, unpack
+from fedstrata.server.placement import Wanted, place
+from fedstrata.server.raystart import start_ray, stop_ray
 
-TRIES = 3  # of one unit, when its actor dies under it
-
-
-class Worker:
-    """Lives in an actor: the ClientApp and, in its module, the base model."""
-
-    def __init__(self, client_app: str, threads: int) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        self._app = load_app(client_app)
-
-    def serve(
-        self, light: Sequence[Message], keys: Sequence[dict[str, int]], contexts: Sequence[Context], *payloads: Any
-    ) -> tuple[list[Message], list[RecordDict]]:
-        """Puts the payloads back into the messages and serves them; returns replies and the contexts' states."""
-        for message, names in zip(light, keys, strict=True):
-            for name, index in names.items():
-                message.content[name] = payloads[index]
-        replies = answer(self._app, light, contexts)
-        return replies, [context.state for context in contexts]
+TRIES = 3  # of one unit, when its actor dies under it or takes too long
+FOREVER = float("inf")
 
 
 class RayGrid(LocalGrid):
@@ -47,132 +33,176 @@ class RayGrid(LocalGrid):
         self,
         clients: int,
         cohort_size: int,
-        actors: int,
-        threads: int = 1,
-        gpus: bool = False,
-        address: str = "",
+        wanted: Wanted,
+        cohort_timeout: float = 0.0,
         client_app: str = CLIENT_APP,
     ) -> None:
-        """`gpus`: whether the cluster's GPUs are shared out among the actors, at most one to each."""
-        super().__init__(clients)
-        self.cohort_size = cohort_size
-        start_ray(actors, address)
-        found = ray.cluster_resources() if gpus else {}  # type: ignore[no-untyped-call]
-        share = min(1.0, found.get("GPU", 0.0) / actors)
-        self._make = ray.remote(num_cpus=1, num_gpus=share)(Worker).options(max_restarts=0)
-        self._arguments = (client_app, threads)
-        self._actors = [self._new_actor() for _ in range(actors)]
+        """`cohort_timeout`: seconds an actor may take for one unit; 0: no limit.
 
-    def _new_actor(self) -> Any:
-        return self._make.remote(*self._arguments)
+        Raises:
+            BadInput: the cluster cannot be joined, or has no GPU for a run on one.
+        """
+        super().__init__(clients)
+        self.cohort_size, self.cohort_timeout = cohort_size, cohort_timeout
+        self.exchanges = 0
+        start_ray(wanted.local, wanted.address)
+        try:
+            self.actors, options = place(wanted, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        except BadInput:
+            stop_ray()
+            raise
+        make = ray.remote(Worker).options(**options)
+        self.crew = Crew(lambda: make.remote(client_app, clients, wanted.threads), self.actors)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         numbered = self._number(messages)
-        waiting = units(numbered, self.cohort_size)[::-1]
-        tries = {id(unit): 0 for unit in waiting}
-        store, done = _Store(), dict[str, Message]()
-        running: dict[Any, tuple[list[Message], int]] = {}
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while waiting or running:
-            while waiting and len(running) < len(self._actors):
-                unit = waiting.pop()
-                free = next(i for i in range(len(self._actors)) if i not in {place for _, place in running.values()})
-                running[self._submit(unit, self._actors[free], store)] = (unit, free)
-            ready, _ = ray.wait(list(running), timeout=_left(deadline))
-            if not ready:
-                self._abandon([place for _, place in running.values()])
-                break  # the caller sees which replies are missing
-            unit, place = running.pop(ready[0])
-            replies = self._collect(ready[0], unit, place)
-            tries[id(unit)] += 1
-            if replies is None and tries[id(unit)] < TRIES:
-                waiting.append(unit)
-                continue
-            for message, reply in zip(unit, replies or _lost(unit), strict=True):
-                done[message.metadata.message_id] = reply
+        self.exchanges += 1
+        done = _Exchange(self, numbered, FOREVER if timeout is None else time.monotonic() + timeout).run()
         return [done[m.metadata.message_id] for m in numbered if m.metadata.message_id in done]
 
-    def _submit(self, unit: Sequence[Message], actor: Any, store: "_Store") -> Any:
-        light, keys, payloads = store.strip(unit)
-        contexts = [self.contexts[message.metadata.dst_node_id] for message in unit]
-        return actor.serve.remote(light, keys, contexts, *payloads)
+    @property
+    def streams(self) -> bool:
+        """Whether somebody takes the replies as they come and lets go of their arrays: they need no copy then."""
+        return False
 
-    def _collect(self, result: Any, unit: Sequence[Message], place: int) -> list[Message] | None:
-        """A unit's replies; None when its actor died, which is then replaced."""
-        try:
-            replies, states = ray.get(result)
-        except RayActorError:
-            self._actors[place] = self._new_actor()
-            return None
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, BadInput):
-                raise BadInput(str(cause)) from None
-            return [Message(Error(2, f"{type(cause).__name__}: {cause}"), reply_to=message) for message in unit]
-        for message, state in zip(unit, states, strict=True):
-            self.contexts[message.metadata.dst_node_id].state = state
-        return list(replies)
-
-    def _abandon(self, places: Iterable[int]) -> None:
-        """Actors that missed the deadline are ended, so that they do not hold up the next exchange."""
-        for place in places:
-            ray.kill(self._actors[place])
-            self._actors[place] = self._new_actor()
+    def tell(self, asked: Sequence[Message], came: Sequence[Message]) -> None:
+        """Called for every unit when it is finished, in the order in which they finish."""
 
     def close(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        ray.shutdown()
+        self.crew.close()
+        stop_ray()
+
+
+@dataclass(eq=False)
+class _Unit:
+    """What one call serves, and what went wrong with it so far."""
+
+    messages: Sequence[Message]
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A unit on an actor; `until`: when it will have taken too long."""
+
+    unit: _Unit
+    actor: Any
+    until: float
+
+
+class _Exchange:
+    """One call of `send_and_receive`: the units that wait, those that run, and the replies that came."""
+
+    def __init__(self, grid: RayGrid, messages: Sequence[Message], deadline: float) -> None:
+        self.grid, self.crew, self.deadline = grid, grid.crew, deadline
+        self.waiting = [_Unit(unit) for unit in units(messages, grid.cohort_size)][::-1]
+        self.running: dict[Any, _Running] = {}
+        self.done: dict[str, Message] = {}
+        self.store = _Store()
+
+    def run(self) -> dict[str, Message]:
+        """Request id → reply; behind the deadline the caller sees which ones are missing."""
+        try:
+            while (self.waiting or self.running) and self._step():
+                pass
+        finally:
+            for reference, running in self.running.items():
+                self.crew.leave(reference, running.actor)
+        return self.done
+
+    def _step(self) -> bool:
+        """Hands out what can be, and takes in what comes next; whether there is time left."""
+        while self.waiting and self.crew.free:
+            self._submit(self.waiting.pop(), self.crew.free.pop())
+        until = min([self.deadline, *(running.until for running in self.running.values())])
+        patience = None if until == FOREVER else max(0.0, until - time.monotonic())
+        ready, _ = ray.wait([*self.running, *self.crew.coming], timeout=patience)
+        if ready and ready[0] in self.running:
+            self._take(ready[0], self.running.pop(ready[0]))
+        elif ready:
+            self.crew.arrive(ready[0])
+        elif time.monotonic() >= self.deadline:
+            self._give_up()
+            return False
+        else:
+            self._hurry()
+        return True
+
+    def _submit(self, unit: _Unit, actor: Any) -> None:
+        states = [self.grid.state(message.metadata.dst_node_id) for message in unit.messages]
+        numbers = dict[int, Any]()
+        parcel = pack((unit.messages, states), lambda record: self.store.number(record, numbers))
+        reference = actor.serve.remote(self.grid.exchanges, list(numbers), parcel, *numbers.values())
+        patience = self.grid.cohort_timeout or FOREVER
+        self.running[reference] = _Running(unit, actor, time.monotonic() + patience)
+
+    def _take(self, reference: Any, running: _Running) -> None:
+        """A unit has been served, well or badly."""
+        unit, actor = running.unit, running.actor
+        try:
+            served, states = ray.get(reference)
+            replies = unpack(served, lend=self.grid.streams)
+        except RayTaskError as error:
+            self.crew.free.append(actor)
+            self._settle(unit, _failed(unit, error))
+        except RayError as error:  # the actor is gone, or the node with its result
+            self.crew.dismiss(actor)
+            died = isinstance(error, RayActorError)
+            self._again(unit, "the actor died" if died else f"its replies were lost ({type(error).__name__})")
+        else:
+            self.crew.free.append(actor)
+            for message, state in zip(unit.messages, unpack(states), strict=True):
+                self.grid.remember(message.metadata.dst_node_id, state)
+            self._settle(unit, replies)
+
+    def _hurry(self) -> None:
+        """Actors that take too long are replaced, and their units served again."""
+        late = [reference for reference, running in self.running.items() if running.until <= time.monotonic()]
+        for reference in late:
+            running = self.running.pop(reference)
+            self.crew.dismiss(running.actor)
+            self._again(running.unit, f"it took longer than federation.cohort_timeout = {self.grid.cohort_timeout:g} s")
+
+    def _give_up(self) -> None:
+        """Actors that missed the deadline are replaced, so that they do not hold up the next exchange."""
+        for running in self.running.values():
+            self.crew.dismiss(running.actor)
+        self.running.clear()
+
+    def _again(self, unit: _Unit, why: str) -> None:
+        unit.failures.append(why)
+        if len(unit.failures) < TRIES:
+            self.waiting.append(unit)
+            return
+        reason = "; ".join(f"{what} {times} times" for what, times in Counter(unit.failures).items())
+        self._settle(unit, [Message(Error(2, reason), reply_to=message) for message in unit.messages])
+
+    def _settle(self, unit: _Unit, replies: Sequence[Message]) -> None:
+        for message, reply in zip(unit.messages, replies, strict=True):
+            self.done[message.metadata.message_id] = reply
+        self.grid.tell(unit.messages, replies)
 
 
 class _Store:
-    """Object-store references of the records of one exchange: one put per distinct ArrayRecord."""
+    """The array records of one exchange in Ray's object store: one put per distinct record."""
 
     def __init__(self) -> None:
-        self._references: dict[int, Any] = {}
-        self._kept: list[Any] = []  # an id is unique only while its object lives
+        self._numbers: dict[int, int] = {}
+        self._kept: list[tuple[ArrayRecord, Any]] = []  # an id is unique only while its object lives
 
-    def strip(self, unit: Sequence[Message]) -> tuple[list[Message], list[dict[str, int]], list[Any]]:
-        """The unit's messages without arrays; per message {record name: index}; the payloads' references."""
-        light, keys, payloads = [], [], []
-        for message in unit:
-            names = {}
-            for name, record in message.content.array_records.items():
-                reference = self._put(record)
-                if reference not in payloads:
-                    payloads.append(reference)
-                names[name] = payloads.index(reference)
-            rest = RecordDict({k: message.content[k] for k in message.content if k not in names})
-            light.append(with_content(message, rest))
-            keys.append(names)
-        return light, keys, payloads
-
-    def _put(self, record: Any) -> Any:
-        if id(record) not in self._references:
-            self._references[id(record)] = ray.put(record)
-            self._kept.append(record)
-        return self._references[id(record)]
+    def number(self, record: ArrayRecord, used: dict[int, Any]) -> int:
+        """The record's number; number and reference are added to `used`."""
+        number = self._numbers.get(id(record))
+        if number is None:
+            number = self._numbers[id(record)] = len(self._kept)
+            self._kept.append((record, ray.put(pack(record))))
+        used[number] = self._kept[number][1]
+        return number
 
 
-def start_ray(actors: int, address: str) -> None:
-    """Joins the cluster at `address`, or starts Ray on this machine, closed to others by a token."""
-    if ray.is_initialized():
-        return
-    if address:
-        ray.init(address=address, log_to_driver=False)
-        return
-    ray.init(
-        num_cpus=actors,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=True,
-        logging_level=logging.ERROR,
-    )
-
-
-def _lost(unit: Sequence[Message]) -> list[Message]:
-    return [Message(Error(2, f"the actor died {TRIES} times"), reply_to=message) for message in unit]
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+def _failed(unit: _Unit, error: RayTaskError) -> list[Message]:
+    """Error replies. Raises BadInput when that is what the client says: it would fail every client alike."""
+    cause = error.cause
+    if isinstance(cause, BadInput):
+        raise BadInput(str(cause)) from None
+    return [Message(Error(2, f"{type(cause).__name__}: {cause}"), reply_to=message) for message in unit.messages]

@@ -1,60 +1,65 @@
-"""The good replies of the round that is under way: one file each, so that a resume asks only the clients it lacks.
+"""The good replies of the round that is under way: one file each, so that a resume asks only the clients it lacks, and
+so that the server holds the arrays of one at a time.
 
-`checkpoints/round-<stage>-<round>/<kind>-<client>.reply` is one line of JSON, which says what the reply answers and
-what its hash is, and the reply's content. It is believed only if all of that fits; then it passes the gate again.
+`checkpoints/round-<stage>-<round>/<kind>-<client>.reply` says what the reply answers and what its hash is, and holds
+the reply's content beside what the client remembers (`server/kept.py` has the form). After a restart it is believed
+only if all of that fits; then it passes the gate again.
 """
 
 import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 from fedstrata.core import records
 from fedstrata.core.records import Binding
-from fedstrata.server import durable
-from fedstrata.server.flower_private import set_message_id
+from fedstrata.server import kept
+from fedstrata.server.flower_private import set_message_id, with_content
+
+Load = Callable[[], Message]
 
 
 class Replies:
-    """Kept replies under one folder; without a folder nothing is kept."""
+    """Kept replies under one folder; without a folder they stay in memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._seen: dict[int, tuple[ArrayRecord, str]] = {}  # by identity; clients share what they are sent
 
-    def keep(self, request: Message, reply: Message) -> None:
-        """Stores a reply that passed the gate."""
+    def keep(self, request: Message, reply: Message, memory: RecordDict | None = None) -> Load:
+        """Stores a reply that passed the gate; says how to have it back once its arrays were let go of.
+
+        memory: what the client remembers from now on, where the grid knows it.
+        """
         if self.folder is None:
-            return
-        data = recorddict_to_proto(reply.content).SerializeToString()
-        head = json.dumps({**self._asked(request), "sha256": hashlib.sha256(data).hexdigest()}, sort_keys=True)
+            return partial(with_content, reply, RecordDict({name: reply.content[name] for name in reply.content}))
         path = self._path(request)
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_atomic(path, head.encode() + b"\n" + data, flush=False)  # a power cut may cost the round's work
+        kept.write(path, self._asked(request), [reply.content, memory or RecordDict()])
+        return partial(_read, path, reply)
 
-    def have(self, request: Message) -> Message | None:
-        """The reply that was kept for a request; None when there is none that fits."""
+    def have(self, request: Message) -> tuple[Message, RecordDict] | None:
+        """The reply that was kept for a request and its client's memory; None when there is none that fits."""
         if self.folder is None:
             return None
         try:
-            line, _, data = self._path(request).read_bytes().partition(b"\n")
-            head = json.loads(line)
-            if head != {**self._asked(request), "sha256": hashlib.sha256(data).hexdigest()}:
-                return None
-            content = recorddict_from_proto(Proto.FromString(data))
-        except (OSError, ValueError, TypeError):
+            content, memory = kept.read(self._path(request), self._asked(request))
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         at = records.binding(request)
         set_message_id(request.metadata, f"kept-{request.metadata.message_type}-{at.partition}")  # it is never sent
-        return Message(content, reply_to=request)
+        return Message(content, reply_to=request), memory
+
+    def again(self, request: Message, reply: Message) -> Load:
+        """As `keep`, for a reply that `have` found."""
+        return partial(_read, self._path(request), reply)
 
     def clear(self) -> None:
         """The round is committed."""
@@ -98,3 +103,13 @@ class Replies:
 def whole_units(units: Sequence[Sequence[Message]], kept: set[int]) -> list[list[Message]]:
     """The units to ask: whole ones, since a cohort's bits depend on who is in it. `kept`: ids of message objects."""
     return [list(unit) for unit in units if not all(id(message) in kept for message in unit)]
+
+
+def _read(path: Path, reply: Message) -> Message:
+    return with_content(reply, kept.again(path)[0])
+
+
+def let_go(reply: Message) -> None:
+    """Takes the arrays out of a reply, which a grid may hold on to."""
+    for name in list(reply.content.array_records) if reply.has_content() else []:
+        del reply.content[name]

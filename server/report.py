@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedstrata.core.metrics import AccuracyMatrix
-from fedstrata.server import provenance
+from fedstrata.server import privacy, provenance
+from fedstrata.server.planned import FIGURES, compare
 from fedstrata.server.runfolder import MATRIX, REPORT, SUMMARY, RunFolder
 
 UNDEFINED = "–"
@@ -65,7 +66,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = ["  ".join(words) or "no scores yet", "bytes " + "  ".join(sizes), "time " + "  ".join(times)]
     if summary.get("skipped_rounds"):
         lines.append(f"skipped rounds {summary['skipped_rounds']}")
-    return lines
+    return [*lines, *privacy.lines(summary)]
 
 
 def number(value: float | None) -> str:
@@ -128,12 +129,14 @@ def _context(folder: RunFolder) -> dict[str, Any]:
         "ended": ended,
         "summary": summary,
         "headline": _headline(summary, matrix),
+        "privacy": privacy.lines(summary),
         "matrix": matrix,
         "beside": _beside(events),
         "subspaces": subspaces,
         "routing": _routing(events, provenance.homes(subspaces)),
         "cosines": _cosines(events),
         "stages": stages,
+        "planned": _planned(summary, events),
         "rejected": provenance.rejections(events),
         "skipped": [told for told in provenance.rounds(events) if told.get("skipped")],
         "figures": _figures(matrix, events),
@@ -172,6 +175,18 @@ def _headline(summary: Mapping[str, Any], matrix: AccuracyMatrix | None) -> list
     sizes = [(f"bytes {name}", human_bytes(summary.get(f"bytes_{name}"))) for name in ("up", "down", "eval")]
     times = [(f"{name} time", human_seconds(summary.get(f"{name}_seconds"))) for name in ("train", "wall")]
     return [*scores, *rates, *sizes, *times]
+
+
+def _planned(summary: Mapping[str, Any], events: Sequence[provenance.Event]) -> list[tuple[str, str, str]]:
+    """(name, planned, actual); a run that has not ended has its actuals in the summary of what is there so far."""
+    so_far = {**summary, "seconds": summary.get("wall_seconds")}
+    plan = summary.get("plan") or compare(events, so_far)
+    labels = {"actor_memory": "memory of an actor", "server_memory": "memory of the server", "seconds": "time"}
+    rows = []
+    for name in (name for name in FIGURES if name in plan):
+        label, unit = labels.get(name, name.replace("_", " ")), human_seconds if name == "seconds" else human_bytes
+        rows.append((label, unit(plan[name]["planned"]), unit(plan[name]["actual"])))
+    return rows
 
 
 def _beside(events: Sequence[provenance.Event]) -> Mapping[str, Mapping[str, float]]:

@@ -7,6 +7,8 @@ from flwr.app import Message
 
 from fedstrata.core import records
 from fedstrata.core.adapters import Layout
+from fedstrata.core.estimate import Shape
+from fedstrata.core.machine import Footprint
 from fedstrata.core.records import Description, ScoreReply
 from fedstrata.core.scoring import SCORERS, percentages
 from fedstrata.server import checks
@@ -64,6 +66,9 @@ def read_description(message: Message) -> Description:
     try:
         says = records.read_description(message)
         Layout.from_json(says.layout)
+        if says.shape or says.machine:
+            Shape.from_json(says.shape)
+            Footprint.from_json(says.machine)
     except Exception as error:  # a stranger's words may fail in any way
         raise Refused(Kind.SCHEMA, f"description: {error or type(error).__name__}") from error
     checks.check(_is_count(says.partition), Kind.RANGE, f"partition-id: must be a whole number, got {says.partition!r}")

@@ -4,6 +4,7 @@ from statistics import fmean
 from typing import Any
 
 from fedstrata.core.records import Description
+from fedstrata.server import fitting, privacy
 from fedstrata.server.checkpoint import state_sha256
 from fedstrata.server.chronicle import between
 from fedstrata.server.federation import Federation
@@ -33,6 +34,8 @@ def summarise(federation: Federation, description: Description, status: str) -> 
         "bytes_down": progress.bytes_down,
         "bytes_eval": progress.bytes_eval,
         "skipped_rounds": progress.skipped_rounds,
+        "cohort_size": fitting.cohort_of(federation.grid),
+        "cohort_shrunk": progress.shrunk,
         "train_seconds": progress.train_seconds,
         "wall_seconds": progress.wall_seconds,
         "final_state_sha256": state_sha256(strategy.save()),
@@ -40,6 +43,8 @@ def summarise(federation: Federation, description: Description, status: str) -> 
         "lora_rank": config.lora.rank,
         "adapter_rank": strategy.adapter_rank,
         "cosine_between": max(near) if near else None,
+        **privacy.epsilons(config, progress),
+        "too_few": sorted(progress.too_few),
         "base": description.base,
         "base_hash": description.base_hash,
         "text_encoder": description.encoder or None,

@@ -9,12 +9,20 @@ from fedstrata.core.errors import BadInput, unknown
 from fedstrata.strategies.base import Strategy
 from fedstrata.strategies.controls import Oracle, RandomRoute
 from fedstrata.strategies.disco import Disco
+from fedstrata.strategies.ewc import Ewc
+from fedstrata.strategies.fedprox import FedProx
 from fedstrata.strategies.finetune import Finetune, Joint
 from fedstrata.strategies.flower import wrap
+from fedstrata.strategies.olora import OLora
+from fedstrata.strategies.scaffold import Scaffold
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     "finetune": Finetune,
     "joint": Joint,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
+    "ewc": Ewc,
+    "olora": OLora,
     "disco": Disco,
     "oracle": Oracle,
     "random-route": RandomRoute,

@@ -5,7 +5,7 @@ which task; only a method with `uses_task_identity = True` is told the tasks of 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -19,7 +19,7 @@ from fedstrata.core import records
 from fedstrata.core.adapters import Flat, Layout
 from fedstrata.core.config import StrategyConfig
 from fedstrata.core.identity import Token
-from fedstrata.core.records import Knowledge
+from fedstrata.core.records import Knowledge, TrainReply
 
 if TYPE_CHECKING:  # the server half needs no torch, and its import takes seconds
     from torch import Tensor
@@ -38,6 +38,8 @@ class Setup:
     tau: float  # the text encoder's match threshold (a cosine)
     epsilon: float  # the text encoder's softmax temperature
     init: str = "uniform"  # how a new adapter's A is drawn (`core.adapters.fresh`)
+    clients: int = 1  # N, all clients of the federation
+    rounds: int = 1  # rounds of one stage
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,14 @@ class LocalHalf:
     """The client's part of a method, for a cohort of C clients at once; every hook is optional.
 
     Tensors carry a leading client dimension. Hooks run in this order: begin, then per step loss → on_gradients (after
-    backward, before clipping) → on_step (after the optimiser), then end.
+    backward, before clipping) → on_step (after the optimiser), then end. One object serves one cohort for one round,
+    so it may keep tensors between its hooks. `ctx` is a `client.local.LocalContext`: start values, what the strategy
+    sent, what the clients remember, frozen adapters underneath, statistics.
     """
+
+    def __init__(self, options: Any = None) -> None:
+        """options: the strategy's own, `strategy.<option>`."""
+        self.options = options
 
     def begin(self, ctx: Any) -> None:
         """Before the first step."""
@@ -125,6 +133,7 @@ class Strategy(FlowerStrategy):
     uses_task_identity: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False  # ask participants for identity tokens before training
     pooled: ClassVar[bool] = False  # participants draw from all tasks at once (the upper bound)
+    averages: ClassVar[bool] = False  # of the updates, only means weighted by num-examples enter the state
     local_half: ClassVar[type[LocalHalf]] = LocalHalf
 
     def __init__(self, options: Any, setup: Setup) -> None:
@@ -141,6 +150,22 @@ class Strategy(FlowerStrategy):
     def meet(self, participants: Sequence[Participant]) -> None:
         """This round's participants, with their tokens if the method needs them."""
         self.participants = tuple(participants)
+
+    def extras(self) -> Mapping[str, tuple[int, ...]]:
+        """{name: shape} of the float32 arrays that this round's replies hold beside the adapter.
+
+        They are what `LocalHalf.end` returns, without the client dimension. A reply with any other array is refused,
+        so nothing else can leave a client. Asked for after `configure_train`.
+        """
+        return {}
+
+    def beside(self, stage: int, round_: int) -> tuple[int, int]:
+        """How many float32 numbers a client sends, and gets, beside the adapter in this round: the plan asks."""
+        return 0, 0
+
+    def rank_after(self, stage: int) -> int:
+        """Rank of an adapter of `knowledge` once this stage has ended (0: before the first one): the plan asks."""
+        return self.adapter_rank
 
     def placement(self) -> Mapping[int, int]:
         """partition → subspace that it trains this round; a participant that is missing sits this round out."""
@@ -164,6 +189,11 @@ class Strategy(FlowerStrategy):
         """Rank of one trained adapter."""
 
     @classmethod
+    def mixes(cls, options: Any) -> bool:
+        """Whether an input may be answered by several adapters at once; only lora and rslora can be added up."""
+        return False
+
+    @classmethod
     def router(cls, knowledge: Knowledge) -> Router:
         """The client's half of inference."""
         return Everything(len(knowledge.adapters))
@@ -183,15 +213,30 @@ class Strategy(FlowerStrategy):
         return None
 
 
+def passing(replies: Iterable[Message], hear: Callable[[TrainReply], None]) -> Iterator[Message]:
+    """The same replies, one at a time, each shown to `hear` as it passes by: for what a method adds to an average."""
+    for message in replies:
+        hear(records.read_train_reply(message))
+        yield message
+
+
 def train_messages(
-    participants: Sequence[Participant], flats: Mapping[int, Flat], placement: Mapping[int, int], config: ConfigRecord
+    participants: Sequence[Participant],
+    flats: Mapping[int, Flat],
+    placement: Mapping[int, int],
+    config: ConfigRecord,
+    payload: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> list[Message]:
-    """One train message per placed participant; those of one subspace share one ArrayRecord."""
+    """One train message per placed participant; those of one subspace share one ArrayRecord.
+
+    payload: arrays that all of them get beside the adapter; `LocalContext.sent` shows them to the local half.
+    """
     shared = {subspace: records.arrays(flat=flat) for subspace, flat in flats.items()}
+    beside = records.arrays(**payload) if payload else None
     messages = []
     for participant in participants:
         if participant.partition in placement:
             subspace = placement[participant.partition]
-            content = records.train_content(shared[subspace], {**config, "subspace": subspace})
+            content = records.train_content(shared[subspace], {**config, "subspace": subspace}, beside)
             messages.append(Message(content, participant.node, records.TRAIN))
     return messages

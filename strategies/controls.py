@@ -56,6 +56,10 @@ class Oracle(Disco):
         return replace(known, options={**known.options, "owners": list(self.owners[: len(known.adapters)])})
 
     @classmethod
+    def mixes(cls, options: Any) -> bool:
+        return False
+
+    @classmethod
     def router(cls, knowledge: Knowledge) -> Router:
         return ByTask(tuple(knowledge.options["owners"]))
 
@@ -86,6 +90,10 @@ class RandomRoute(Disco):
     def knowledge(self) -> Knowledge:
         known = super().knowledge()
         return replace(known, options={**known.options, "seed": self.setup.seed})
+
+    @classmethod
+    def mixes(cls, options: Any) -> bool:
+        return False
 
     @classmethod
     def router(cls, knowledge: Knowledge) -> Router:

@@ -7,7 +7,7 @@ its token; the server matches it against the cache (cosine ≥ τ) or opens a su
 subspace alone and uploads only it. At inference every input activates the subspaces by a softmax over cosines / ε.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -17,17 +17,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedstrata.core import records
-from fedstrata.core.adapters import Flat, fresh, weighted_mean
+from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.identity import Token, cosines, pooled
+from fedstrata.core.privacy import TokenConfig
 from fedstrata.core.records import Knowledge
+from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import Inputs, Participant, Parts, Router, Setup, Strategy, Weights, train_messages
 
 ACTIVATIONS = ("softmax", "argmax", "cosine", "concat")
 
 
 @dataclass(frozen=True)
-class DiscoConfig(StrategyConfig):
+class DiscoConfig(TokenConfig):
     """Options of DISCO. τ, ε and the text encoder are one unit: null takes the encoder's own."""
 
     tau: float | None = None  # cosine from which a token joins a subspace; higher opens more subspaces
@@ -72,6 +74,7 @@ class Update:
     adapter: Flat
     token: Token
     shared: Flat = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    weight: float | None = None  # of the adapter in its mean; None: the token's count
 
 
 class Disco(Strategy):
@@ -79,6 +82,7 @@ class Disco(Strategy):
 
     config_type: ClassVar[type[StrategyConfig]] = DiscoConfig
     needs_tokens: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
 
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
@@ -116,25 +120,34 @@ class Disco(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        trained: set[int] = set()
+        known = len(self.state.subspaces)
+        self.state = organise(self.state, self._updates(replies, trained))
+        filled = sorted(j for j in trained if j >= known)
+        number = {**{j: j for j in range(known)}, **{j: known + i for i, j in enumerate(filled)}}
+        self._placement = {p: number[j] for p, j in self._placement.items() if j in number}
+        return None, None
+
+    def _updates(self, replies: Iterable[Message], trained: set[int]) -> Iterator["Update"]:
+        """The replies as updates, one at a time; the subspaces that they trained are noted in `trained`."""
         tokens = {p.partition: p.token for p in self.participants if p.token is not None}
-        updates = []
         for message in replies:
             reply = records.read_train_reply(message)
             partition = reply.binding.partition
             token = tokens.get(partition) or Token(np.zeros(0, dtype=np.float32), reply.count)
             adapter, shared = self.setup.layout.cut(reply.flat)
-            updates.append(Update(self._placement[partition], adapter, token, shared))
-        known = len(self.state.subspaces)
-        self.state = organise(self.state, updates)
-        filled = sorted({update.subspace for update in updates if update.subspace >= known})
-        number = {**{j: j for j in range(known)}, **{j: known + i for i, j in enumerate(filled)}}
-        self._placement = {p: number[j] for p, j in self._placement.items() if j in number}
-        return None, None
+            trained.add(self._placement[partition])
+            yield Update(self._placement[partition], adapter, token, shared, reply.count)
+            del message, reply, adapter, shared  # before the next one is loaded
 
     def knowledge(self) -> Knowledge:
         adapters = tuple(subspace.adapter for subspace in self.state.subspaces)
         options = {"epsilon": self.epsilon, "activation": self.options.activation, "tau": self.tau}
         return Knowledge(adapters, self.state.tokens(), options, self.state.shared)
+
+    @classmethod
+    def mixes(cls, options: Any) -> bool:
+        return bool(options.activation != "argmax")
 
     @classmethod
     def router(cls, knowledge: Knowledge) -> Router:
@@ -217,30 +230,31 @@ def place(tokens: Sequence[Token], cache: npt.NDArray[np.float32], tau: float, m
     return found
 
 
-def organise(state: DiscoState, updates: Sequence[Update]) -> DiscoState:
+def organise(state: DiscoState, updates: Iterable[Update]) -> DiscoState:
     """Per subspace the mean of its updates weighted by n_k; μ_j ← (N_j μ_j + Σ n_k μ_k) / (N_j + Σ n_k).
 
-    The tail is the mean over all updates, whatever their subspace: FCIT's published projector is FedAvg's alone.
-    Subspaces without an update keep their bits; new ones are appended in the order of their indices, and one that
-    nobody filled leaves no gap.
+    One pass over the updates, none of which is held. The tail is the mean over all of them, whatever their subspace:
+    FCIT's published projector is FedAvg's alone. Subspaces without an update keep their bits; new ones are appended in
+    the order of their indices, and one that nobody filled leaves no gap.
     """
-    subspaces = list(state.subspaces)
-    for index in sorted({update.subspace for update in updates}):
-        mine = [update for update in updates if update.subspace == index]
-        adapter = weighted_mean([update.adapter for update in mine], [update.token.count for update in mine])
-        tokens = [update.token for update in mine]
+    means: dict[int, RunningMean] = {}
+    tokens: dict[int, list[Token]] = {}
+    shared, subspaces = RunningMean(), list(state.subspaces)
+    for update in updates:
+        weight = update.token.count if update.weight is None else update.weight
+        means.setdefault(update.subspace, RunningMean()).add(update.adapter, weight)
+        tokens.setdefault(update.subspace, []).append(update.token)
+        if state.shared.size:
+            shared.add(update.shared, weight)
+        del update  # before the next one is loaded
+    for index in sorted(means):
+        adapter, mine = means[index].value(), tokens[index]
         if index < len(state.subspaces):
             old = state.subspaces[index]
-            subspaces[index] = replace(old, adapter=adapter, token=pooled([old.token, *tokens]))
+            subspaces[index] = replace(old, adapter=adapter, token=pooled([old.token, *mine]))
         else:
-            subspaces.append(Subspace(adapter, pooled(tokens)))
-    return DiscoState(tuple(subspaces), _shared(state.shared, updates))
-
-
-def _shared(old: Flat, updates: Sequence[Update]) -> Flat:
-    if not updates or not old.size:
-        return old
-    return weighted_mean([update.shared for update in updates], [update.token.count for update in updates])
+            subspaces.append(Subspace(adapter, pooled(mine)))
+    return DiscoState(tuple(subspaces), shared.value() if shared.weight else state.shared)
 
 
 def activate(

@@ -5,17 +5,18 @@ federation does that knows nothing of continual learning. `joint`: the same on a
 bound. Both have rank K·r, the size of DISCO's K subspaces. Uses task identity: no.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedstrata.core import records
-from fedstrata.core.adapters import Flat, fresh, weighted_mean
+from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.records import Knowledge
+from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import Parts, Setup, Strategy, train_messages
 
 
@@ -43,6 +44,7 @@ class Finetune(Strategy):
     """One global adapter, averaged over the participants of each round."""
 
     config_type: ClassVar[type[StrategyConfig]] = FinetuneConfig
+    averages: ClassVar[bool] = True
 
     def __init__(self, options: FinetuneConfig, setup: Setup) -> None:
         super().__init__(options, setup)
@@ -55,17 +57,24 @@ class Finetune(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return train_messages(self.participants, {0: self.state.adapter}, self.placement(), config)
+        return train_messages(self.participants, {0: self.state.adapter}, self.placement(), config, self.payload())
+
+    def payload(self) -> Mapping[str, Flat]:
+        """What participants get beside the adapter; a method that inherits this one may send something."""
+        return {}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        good = [records.read_train_reply(reply) for reply in replies]
-        if not good:
-            return None, None
-        mean = weighted_mean([reply.flat for reply in good], [reply.count for reply in good])
-        self.state = FinetuneState(mean)
-        return records.arrays(flat=mean), None
+        """The mean becomes the state, in one pass; Flower's record of it would be a copy that nobody reads."""
+        mean = RunningMean()
+        for message in replies:
+            reply = records.read_train_reply(message)
+            mean.add(reply.flat, reply.count)
+            del message, reply  # before the next one is loaded
+        if mean.weight:
+            self.state = replace(self.state, adapter=mean.value())
+        return None, None
 
     def knowledge(self) -> Knowledge:
         adapter, shared = self.setup.layout.cut(self.state.adapter)

@@ -11,15 +11,18 @@ from typing import Any, ClassVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedstrata.core import records
 from fedstrata.core.config import StrategyConfig
 from fedstrata.core.errors import BadInput
+from fedstrata.core.packing import owned
 from fedstrata.core.seeds import derive
 from fedstrata.strategies.base import Parts, Setup
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig, FinetuneState
 
+AVERAGES = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)  # go on from the replies' mean alone
 NEEDED = ("min_train_nodes", "min_available_nodes")  # constructor arguments of Flower's strategies
 
 
@@ -69,7 +72,8 @@ class Stock(Finetune):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        arrays, metrics = self.inner.aggregate_train(server_round, replies)
+        """Flower's classes look at all replies together, so all of them are held."""
+        arrays, metrics = self.inner.aggregate_train(server_round, [_owned(message) for message in replies])
         if arrays is not None:
             self.state = FinetuneState(arrays[records.FLAT].numpy().astype("float32"))
         return arrays, metrics
@@ -82,6 +86,13 @@ class Stock(Finetune):
     def load_inner(self, parts: Parts) -> None:
         """The inverse; attributes that cannot be saved (functions) stay as the constructor made them."""
         _restore(self.inner, parts.facts["attributes"], parts.tensors)
+
+
+def _owned(message: Message) -> Message:
+    """The same reply with bytes of its own, where they lie in a file."""
+    for name, record in list(message.content.array_records.items()):
+        message.content[name] = owned(record)
+    return message
 
 
 def _attributes(holder: Any, path: str, tensors: dict[str, Any]) -> list[list[Any]]:
@@ -137,4 +148,5 @@ def _restore(holder: Any, attributes: Iterable[tuple[str, Any]], tensors: Mappin
 
 def wrap(flower_type: type[FlowerStrategy]) -> type[Stock]:
     """A `Strategy` class for a stock Flower class."""
-    return type(flower_type.__name__, (Stock,), {"flower_type": flower_type, "__doc__": flower_type.__doc__})
+    given = {"flower_type": flower_type, "averages": flower_type in AVERAGES, "__doc__": flower_type.__doc__}
+    return type(flower_type.__name__, (Stock,), given)

@@ -11,8 +11,9 @@ from fedstrata.client.lora import adapted
 from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
 from fedstrata.client.training import Job, answer_loss, batches, collate, train
-from fedstrata.core.adapters import Flat, fresh, save_peft
+from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import LoraSection, ModelSection, TrainSection
+from fedstrata.core.peftfolder import save_peft
 from fedstrata.scenarios.stream import Example, Pixels
 
 SCALING = 2.0

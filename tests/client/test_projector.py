@@ -17,9 +17,10 @@ from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
 from fedstrata.client.training import Job, answer_loss, batches, collate, train
 from fedstrata.core import shapes
-from fedstrata.core.adapters import Flat, fresh, save_peft
+from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import LoraSection, ModelSection, TrainSection, from_dict
 from fedstrata.core.errors import BadInput
+from fedstrata.core.peftfolder import save_peft
 from fedstrata.core.records import Knowledge
 from fedstrata.scenarios.stream import Example, Pixels
 from fedstrata.strategies.base import Everything

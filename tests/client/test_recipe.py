@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fedstrata.client import features as features_module
+from fedstrata.client import training
 from fedstrata.client.dropout import Dropout
 from fedstrata.client.lora import Cohort, adapted
 from fedstrata.client.model import BaseModel
@@ -291,8 +292,8 @@ def test_a_wide_picture_is_padded_to_a_square_in_the_mean_colour(llava: Path) ->
     mean = [int(value * 255) for value in base.processor.image_processor.image_mean]
     square = np.full((40, 40, 3), mean, np.uint8)
     square[10:30] = 200
-    assert np.array_equal(np.asarray(base.pictures._fitted(wide.open())), square)
-    assert np.array_equal(np.asarray(base.pictures._fitted(tall.open())), square.transpose(1, 0, 2))
+    assert np.array_equal(np.asarray(base.pictures.vision.fitted(wide.open())), square)
+    assert np.array_equal(np.asarray(base.pictures.vision.fitted(tall.open())), square.transpose(1, 0, 2))
     rows = [Example("a", "what?", "red", picture) for picture in (wide, Pixels(square))]
     plain = load(llava)
     padded, expected = base.image_features(rows[:1])[0], plain.image_features(rows[1:])[0]
@@ -319,7 +320,7 @@ def test_dropout_stands_where_peft_has_it(base64: BaseModel) -> None:
 
     def begun() -> Dropout:
         dropout = Dropout(0.3, base64.device)
-        dropout.begin([[len(rows[0].prompt) + len(rows[0].answer)]], [7], step=1, first=0)
+        dropout.begin([[len(rows[0].prompt) + len(rows[0].answer)]], [7], step=1)
         return dropout
 
     cohort = Cohort.of([flat], base64.layout, SCALING, base64.device, torch.float64)
@@ -354,7 +355,7 @@ class Drawn(torch.nn.Module):
 
 def test_dropout_keeps_the_share_it_says_and_the_mean() -> None:
     dropout = Dropout(0.25, torch.device("cpu"))
-    dropout.begin([[50], [40]], [1, 2], step=3, first=0)
+    dropout.begin([[50], [40]], [1, 2], step=3)
     out = dropout(torch.ones(2, 60, 400))
     assert out[0, :50].unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert out[0, :50].mean().item() == pytest.approx(1, abs=0.02)
@@ -380,18 +381,13 @@ def test_features_per_step_give_the_bits_of_features_made_up_front(
     cohort = jobs(load(llava), (6, 5))
     per_step = train(load(llava), cohort, SETTINGS, SCALING)
     monkeypatch.setattr(features_module.Pictures, "warm", lambda *_: None)
-    monkeypatch.setattr(BaseModel, "tokenise", up_front(BaseModel.tokenise))
+    monkeypatch.setattr(training, "tokens", up_front)
     before = train(load(llava), cohort, SETTINGS, SCALING)
     assert all(np.array_equal(left.flat, right.flat) for left, right in zip(per_step, before, strict=True))
 
 
-def up_front(tokenise: Any) -> Any:
-    def prepare(base: BaseModel, share: list[Example], *more: Any) -> list[Any]:
-        features = base.image_features(share)
-        rows = tokenise(base, share, *more)
-        return [replace(row, features=f) for row, f in zip(rows, features, strict=True)]
-
-    return prepare
+def up_front(base: BaseModel, share: list[Example], settings: TrainSection) -> list[Any]:
+    return base.prepare(share, settings.max_length, settings.overlong)
 
 
 def test_a_share_that_the_cache_cannot_hold_is_trained_all_the_same(

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from fedstrata.core.adapters import Flat, Layout, fresh, weighted_mean
+from fedstrata.core.adapters import Flat, Layout, feedforward, fresh, unfusable, weighted_mean
+from fedstrata.core.config import LoraSection, RunConfig
+from fedstrata.core.errors import BadInput
 
 TWO = Layout((("first", 2, 3), ("second", 1, 2)))  # (name, out, in): 5 + 3 = 8 parameters per unit of rank
 
@@ -155,3 +157,67 @@ def test_a_tail_shows_in_json_and_hash_and_its_absence_does_not() -> None:
     assert TAILED.lora == TWO
     assert TWO.to_json() == '[["first", 2, 3], ["second", 1, 2]]'
     assert TWO.cut(whole := np.zeros(8, dtype=np.float32))[0] is whole
+
+
+DORA = Layout(TWO.modules, kind="dora")  # magnitudes: 2 + 1
+IA3 = Layout((("first", 2, 3), ("mlp.down_proj", 1, 4)), (("p.bias", (2,)),), "ia3")  # scales: 2 outputs, 4 inputs
+
+
+def test_dora_has_its_magnitudes_behind_the_low_rank_part() -> None:
+    whole = np.arange(16 + 3, dtype=np.float32)
+    assert (DORA.width, DORA.size(2), DORA.rank(whole)) == (8, 19, 2)
+    views = DORA.views(whole)
+    assert list(views) == [
+        *("first.lora_A", "first.lora_B", "second.lora_A", "second.lora_B"),
+        *("first.lora_magnitude_vector", "second.lora_magnitude_vector"),
+    ]
+    assert views["second.lora_B"].tolist() == [[14, 15]]
+    assert views["first.lora_magnitude_vector"].tolist() == [16, 17]
+    assert views["second.lora_magnitude_vector"].tolist() == [18]
+    assert DORA.cut(whole)[0] is whole
+
+
+def test_ia3_has_no_rank_and_scales_inputs_where_a_feed_forward_block_ends() -> None:
+    whole = np.arange(2 + 4 + 2, dtype=np.float32)
+    assert (IA3.width, IA3.size(1), IA3.size(64), IA3.rank(whole)) == (0, 8, 8, 0)
+    assert IA3.parameters(0) == (("first.ia3_l", (2, 1)), ("mlp.down_proj.ia3_l", (1, 4)), ("p.bias", (2,)))
+    assert IA3.views(whole)["mlp.down_proj.ia3_l"].tolist() == [[2, 3, 4, 5]]
+    low, tail = IA3.cut(whole)
+    assert (low.tolist(), tail.tolist()) == ([0, 1, 2, 3, 4, 5], [6, 7])
+    assert IA3.lora.size(0) == 6
+    assert feedforward("layers.0.mlp.down_proj")
+    assert not feedforward("layers.0.mlp.updown_proj")
+
+
+@pytest.mark.parametrize(("layout", "length"), [(DORA, 3), (DORA, 16), (DORA, 20), (IA3, 7), (IA3, 16)])
+def test_another_kinds_wrong_length_is_refused(layout: Layout, length: int) -> None:
+    rule = "a multiple of 8 parameters and 3 more" if layout is DORA else "8"
+    with pytest.raises(ValueError, match=f"has {rule}, got {length}"):
+        layout.cut(np.zeros(length, dtype=np.float32))
+
+
+def test_a_fresh_adapter_of_another_kind_is_zero_but_for_a() -> None:
+    assert fresh(DORA, 2, 0, 0).tolist() == [*fresh(TWO, 2, 0, 0).tolist(), 0, 0, 0]
+    assert fresh(IA3, 2, 0, 0).tolist() == [0] * 8
+
+
+def test_a_kind_shows_in_json_and_hash() -> None:
+    for layout in (DORA, IA3):
+        assert Layout.from_json(layout.to_json()) == layout
+    assert len({TWO.hash, DORA.hash, Layout(TWO.modules, kind="ia3").hash}) == 3
+    with pytest.raises(ValueError, match="kind is lora, dora or ia3, got 'vera'"):
+        Layout.from_json(DORA.to_json().replace("dora", "vera"))
+
+
+def test_the_scaling_of_each_kind_by_hand() -> None:
+    found = {kind: LoraSection(kind=kind, rank=4, alpha=8.0).scaling for kind in ("lora", "rslora", "dora")}
+    assert found == {"lora": 2.0, "rslora": 4.0, "dora": 2.0}
+
+
+def test_what_cannot_be_fused_has_a_reason_and_ia3_no_dropout() -> None:
+    reasons = {kind: unfusable(RunConfig(lora=LoraSection(kind=kind))) for kind in ("lora", "rslora", "dora", "ia3")}
+    assert (reasons["lora"], reasons["rslora"]) == ("", "")
+    assert reasons["dora"] == "lora.kind=dora cannot be fused"
+    assert reasons["ia3"] == "lora.kind=ia3 cannot be fused"
+    with pytest.raises(BadInput, match=r"lora\.dropout: must be 0 with lora\.kind=ia3"):
+        LoraSection(kind="ia3", dropout=0.1)

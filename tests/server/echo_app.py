@@ -25,6 +25,8 @@ def train(message: Message, context: Context) -> Message:
     (folder / f"{word}-{uuid.uuid4().hex}").touch()
     if word == "dies" or (word == "dies once" and len(list(folder.glob("dies once-*"))) == 1):
         os._exit(1)
+    if word == "hangs once" and len(list(folder.glob("hangs once-*"))) == 1:
+        time.sleep(600)
     time.sleep(float(say["wait"]))  # type: ignore[arg-type]
     if word == "fail":
         raise RuntimeError("out of luck")

@@ -12,16 +12,18 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from rich.console import Console
 
-from fedstrata.core import records
+from fedstrata.core import codec, records
 from fedstrata.core.errors import FedstrataError
 from fedstrata.core.identity import Token
 from fedstrata.core.metrics import AccuracyMatrix
 from fedstrata.core.records import Binding, Description, ScoreReply, TrainReply
+from fedstrata.core.streaming import distance
 from fedstrata.server import checkpoint, clipping, configure, exchange, launch
 from fedstrata.server.checks import Kind
 from fedstrata.server.flower_private import become_server, set_message_id
-from fedstrata.server.gate import Expected, Rejected, pass_replies, read_token, read_train, strays
+from fedstrata.server.gate import Expected, Rejected, Update, pass_replies, read_token, read_train, strays
 from fedstrata.server.grids import InProcessGrid
+from fedstrata.server.intake import Passed
 from fedstrata.server.progress import Progress
 from fedstrata.server.runfolder import RunFolder
 from fedstrata.server.scoregate import read_description, read_scores
@@ -378,12 +380,15 @@ def test_updates_above_the_rounds_median_are_scaled_down_to_it() -> None:
     sent = [request(partition) for partition in range(3)]
     flats = [np.ones(SIZE, np.float32) + np.float32(step) * np.eye(SIZE, dtype=np.float32)[0] for step in (1, 2, 8)]
     good, _ = gate(sent, [reply(asked, flat=flat) for asked, flat in zip(sent, flats, strict=True)])
-    norms = clipping.norms(good, starts)
+    came = {value.binding.partition: message for message, value in good}
+    norms = {partition: distance(flat, starts[partition]) for partition, flat in enumerate(flats)}
     assert norms == {0: 1.0, 1: 2.0, 2: 8.0}
-    clipped = clipping.clip(good, starts, norms)
-    assert [value.flat.tolist() for _, value in clipped] == [[2, 1, 1, 1], [3, 1, 1, 1], [3, 1, 1, 1]]
-    assert [records.read_train_reply(message).flat[0] for message, _ in clipped] == [2, 3, 3]
-    assert [message.metadata.reply_to_message_id for message, _ in clipped] == [m.metadata.message_id for m in sent]
+    passed = [Passed(p, Update(GOOD, norms[p]), lambda p=p: came[p]) for p in came]
+    updates = clipping.Updates(passed, starts, clipping.factors(norms))
+    assert clipping.factors({}) == {}
+    clipped = [records.read_train_reply(message).flat.tolist() for message in updates]
+    assert clipped == [[2, 1, 1, 1], [3, 1, 1, 1], [3, 1, 1, 1]]
+    assert [m.metadata.reply_to_message_id for m in updates] == [m.metadata.message_id for m in sent]
     assert good[2][1].flat[0] == 9  # what came is not changed
 
 
@@ -556,3 +561,94 @@ def test_an_attackers_update_is_scaled_down_where_clipping_is_on(tmp_path: Path)
         assert commit is not None
         norms[clip] = float(np.linalg.norm(commit.parts.tensors["adapter"]))
     assert norms["median"] < 100 < norms["off"]
+
+
+START = np.linspace(-1, 1, 100, dtype=np.float32)
+
+
+def coded(asked: Message, kind: str = "int8", size: int = 100, **changes: np.ndarray) -> Message:
+    """A reply whose adapter travels as `kind`; `changes`: arrays that are put in the place of its own."""
+    start = np.resize(START, size)
+    parts, _ = codec.encode(start + np.float32(0.01), start, None, kind)
+    at = binding(asked.metadata.dst_node_id - 2)
+    return records.train_reply(replace(GOOD, binding=at), asked, {**parts, **changes})
+
+
+def coded_gate(message: Message, kind: str = "int8", limit: float = float("inf")) -> TrainReply | Rejected:
+    want = Expected(binding(0), 100, SAMPLES, START, limit, upload=kind)
+    good, bad = pass_replies([request(0)], [message], {2: want}, read_train)
+    return good[0][1] if good else bad[0]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_an_encoded_reply_is_decoded_to_the_adapter_it_stands_for(kind: str) -> None:
+    passed = coded_gate(coded(request(0), kind), kind)
+    assert isinstance(passed, TrainReply)
+    assert passed.flat.dtype == np.float32
+    assert passed.flat - START == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "reason"),
+    [
+        (lambda m: coded(m, "bfloat16"), Kind.SCHEMA, "record 'flat.int8' is missing"),
+        (lambda m: reply(m, flat=START), Kind.SCHEMA, "record 'flat.int8' is missing"),
+        (lambda m: coded(m, size=99), Kind.SHAPE, "array: must be int8 (100,), got int8 (99,)"),
+        (
+            lambda m: coded(m, **{"flat.int8": np.zeros(100, np.uint8)}),
+            Kind.SHAPE,
+            "array: must be int8 (100,), got uint8",
+        ),
+        (
+            lambda m: coded(m, **{"flat.scales": np.zeros(3, np.uint16)}),
+            Kind.SHAPE,
+            "array: must be uint16 (2,), got uint16 (3,)",
+        ),
+        (
+            lambda m: coded(m, **{"flat.scales": np.array([1, 0x7F80], np.uint16)}),
+            Kind.NOT_FINITE,
+            "flat.scales: must be finite",
+        ),
+        (
+            lambda m: coded(m, **{"flat.scales": np.array([1, 0x8001], np.uint16)}),
+            Kind.NOT_FINITE,
+            "flat.scales: must be finite and not negative",
+        ),
+        (
+            lambda m: coded(m, **{"flat.scales": np.array([1, 0x7F7F], np.uint16)}),
+            Kind.NOT_FINITE,
+            "array: must be finite",
+        ),
+        (lambda m: coded(m, **{"more": np.zeros(1, np.float32)}), Kind.SCHEMA, "records: must be"),
+    ],
+)
+def test_a_corrupted_encoding_is_rejected_with_its_reason(
+    spoil: Callable[[Message], Message], kind: Kind, reason: str
+) -> None:
+    rejected = coded_gate(spoil(request(0)))
+    assert isinstance(rejected, Rejected)
+    assert rejected.kind == kind
+    assert rejected.reason.startswith(reason)
+
+
+def test_bytes_of_an_encoding_that_are_not_what_was_declared_are_rejected() -> None:
+    message = coded(request(0))
+    longer = Array(np.zeros(101, np.int8)).data
+    message.content.array_records["arrays"]["flat.int8"] = Array("int8", (100,), "numpy.ndarray", longer)
+    rejected = coded_gate(message)
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason.startswith("array: must be int8 (100,), got int8 (101,)")
+
+
+def test_an_encoding_of_another_round_is_rejected_since_its_start_was_another() -> None:
+    message = coded(request(0))
+    message.content.config_records["meta"]["round"] = 1
+    rejected = coded_gate(message)
+    assert isinstance(rejected, Rejected)
+    assert rejected.kind == Kind.BINDING
+
+
+def test_an_encoded_update_far_above_the_median_is_rejected_by_its_norm() -> None:
+    rejected = coded_gate(coded(request(0)), limit=0.05)  # it moved by 0.01 · √100
+    assert isinstance(rejected, Rejected)
+    assert rejected.kind == Kind.NORM

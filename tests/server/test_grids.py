@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from fedstrata.core import records
 from fedstrata.core.errors import BadInput
 from fedstrata.server.flower_private import become_server
-from fedstrata.server.grids import FIRST_NODE, InProcessGrid, ParticipantsGrid, answer, load_app, units
+from fedstrata.server.grids import FIRST_NODE, InProcessGrid, ParticipantsGrid, answer, client_context, load_app, units
 
 stock = ClientApp()
 
@@ -167,7 +167,8 @@ def test_the_roster_names_the_node_of_every_partition() -> None:
     grid = InProcessGrid(3, 1, "grid_test_apps:stock")
     assert grid.roster == {0: FIRST_NODE, 1: FIRST_NODE + 1, 2: FIRST_NODE + 2}
     assert list(grid.get_node_ids()) == list(grid.roster.values())
-    assert all(context.node_config["num-partitions"] == 3 for context in grid.contexts.values())
+    context = client_context(FIRST_NODE + 2, 3, None)
+    assert context.node_config == {"partition-id": 2, "num-partitions": 3}
 
 
 @pytest.mark.usefixtures("app")

@@ -20,7 +20,7 @@ WORDS = ("federation.rounds_per_stage=1", "federation.clients_per_round=3", "tra
 def _one_ray() -> Iterator[None]:
     """One Ray for all runs of this module: each would take seconds to start its own."""
     raygrid.ray.shutdown()
-    raygrid.start_ray(2, "")
+    raygrid.start_ray(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(raygrid.ray, "shutdown", lambda: None)
         yield

@@ -12,9 +12,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedstrata.core import records
 from fedstrata.core.errors import BadInput
-from fedstrata.server import raygrid
+from fedstrata.server import parcels, raygrid
 from fedstrata.server.grids import FIRST_NODE
-from fedstrata.server.raygrid import RayGrid, start_ray
+from fedstrata.server.placement import Wanted
+from fedstrata.server.raygrid import RayGrid
+from fedstrata.server.raystart import start_ray
 
 ray = raygrid.ray  # imported behind fedstrata.server, which sets what Ray reads from the environment once
 CLIENTS = 8
@@ -26,8 +28,8 @@ def two() -> Iterator[RayGrid]:
     ray.shutdown()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        start_ray(2, "")
-        grid = RayGrid(CLIENTS, 1, 2, client_app="echo_app:app")
+        start_ray(2)
+        grid = RayGrid(CLIENTS, 1, Wanted(local=2), client_app="echo_app:app")
         yield grid
         grid.close()
         assert not ray.is_initialized()
@@ -36,10 +38,16 @@ def two() -> Iterator[RayGrid]:
 @pytest.fixture
 def one(two: RayGrid) -> Iterator[RayGrid]:
     """The same grid, reduced to one of its actors."""
-    rest = two._actors[1:]
-    two._actors = two._actors[:1]
+    wait_for_actors(two)
+    rest = [two.crew.free.pop() for _ in two.crew.free[1:]]
     yield two
-    two._actors += rest
+    two.crew.free += rest
+
+
+def wait_for_actors(grid: RayGrid) -> None:
+    """Until all actors are free."""
+    while grid.crew.coming:
+        grid.crew.arrive(ray.wait(list(grid.crew.coming))[0][0])
 
 
 class Sender:
@@ -84,7 +92,8 @@ def test_replies_come_in_message_order_from_one_actor_and_from_two(
     actors: str, request: pytest.FixtureRequest, message: Sender
 ) -> None:
     grid: RayGrid = request.getfixturevalue(actors)
-    assert len(grid._actors) == {"one": 1, "two": 2}[actors]
+    wait_for_actors(grid)
+    assert len(grid.crew.free) == {"one": 1, "two": 2}[actors]
     # the first is slow: with two actors all others are done before it
     sent = [message(p, f"word {p}", 0.3 if p == 7 else 0.0, arrays(p)) for p in (7, 2, 5, 0, 1)]
     replies = list(grid.send_and_receive(sent))
@@ -131,13 +140,16 @@ def test_bad_input_comes_out_as_itself(two: RayGrid, message: Sender) -> None:
 
 
 def test_an_actor_that_dies_is_replaced_and_its_unit_served_again(two: RayGrid, message: Sender) -> None:
-    actors = list(two._actors)
+    wait_for_actors(two)
+    actors = set(two.crew.free)
     sent = [message(p, "dies once" if p == 1 else f"word {p}", arrays=arrays(p)) for p in range(6)]
     replies = list(two.send_and_receive(sent))
     assert answers_each_once(sent, replies)
     assert [said(reply)[2] for reply in replies] == [2.0 * p for p in range(6)]
     assert message.served == {"dies once": 2, **{f"word {p}": 1 for p in range(6) if p != 1}}
-    assert sum(new not in actors for new in two._actors) == 1
+    wait_for_actors(two)
+    assert len(two.crew.free) == 2
+    assert len(set(two.crew.free) - actors) == 1
 
 
 def test_a_unit_that_kills_every_actor_ends_as_an_error_reply_and_spares_the_others(
@@ -178,4 +190,4 @@ def test_each_distinct_payload_is_put_into_the_object_store_once(
     sent = [message(p, arrays=second if p == 3 else first) for p in range(6)]
     replies = list(two.send_and_receive(sent))
     assert [said(reply)[2] for reply in replies] == [2, 2, 2, 10, 2, 2]
-    assert [record is one for record, one in zip(put, (first, second), strict=True)] == [True, True]
+    assert [parcels.unpack(parcel) == record for parcel, record in zip(put, (first, second), strict=True)] == [True] * 2

@@ -192,3 +192,20 @@ def test_bytes_for_people(count: int | None, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, "–"), (1.25, "1.2 s"), (119.96, "120.0 s"), (7260, "2 h 01 min")])
 def test_seconds_for_people(seconds: float | None, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+def test_what_was_planned_stands_beside_what_came(write_run: WriteRun) -> None:
+    sizes = {name: {"planned": 3000, "actual": 2500} for name in ("bytes_up", "bytes_down", "bytes_eval")}
+    plan = {
+        **sizes,
+        "actor_memory": {"planned": 420_000_000, "actual": None},
+        "seconds": {"planned": 9, "actual": 10.5},
+    }
+    text = Words(page_of(write_run(summary={"plan": plan}))).text
+    assert "planned actual bytes up 3 kB 2.5 kB bytes down 3 kB 2.5 kB bytes eval 3 kB 2.5 kB" in text
+    assert "memory of an actor 420 MB – time 9.0 s 10.5 s" in text
+
+
+@pytest.mark.parametrize("summary", [{}, {"plan": {}}])
+def test_a_run_without_a_plan_has_no_such_table(write_run: WriteRun, summary: dict[str, object]) -> None:
+    assert "planned" not in Words(page_of(write_run(summary=summary))).text

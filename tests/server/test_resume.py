@@ -24,8 +24,8 @@ from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.server import checkpoint, configure, durable, launch
 from fedstrata.server.arrivals import ArrivingRayGrid
 from fedstrata.server.federation import Federation
+from fedstrata.server.flower_private import become_server
 from fedstrata.server.grids import InProcessGrid
-from fedstrata.server.raygrid import RayGrid
 from fedstrata.server.runfolder import RunFolder
 
 QUIET = Console(quiet=True)
@@ -259,14 +259,14 @@ def test_another_base_or_scenario_than_the_commits_is_refused(
         launch.resume(copy, QUIET)
 
 
-def test_the_ray_grid_tells_of_every_unit_when_it_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ray_grid_tells_its_listener_of_every_unit_that_is_finished() -> None:
+    become_server()
     grid = ArrivingRayGrid.__new__(ArrivingRayGrid)  # without a Ray
     asked, came = Message(RecordDict(), 2, "train"), Message(RecordDict(), 3, "train")
     told: list[Any] = []
+    grid.tell([asked], [came])  # nobody listens
     grid.arrived = lambda unit, replies: told.append((unit, replies))
-    for found in ([came], None):  # None: the actor died and the unit is served again
-        monkeypatch.setattr(RayGrid, "_collect", lambda *_, found=found: found)
-        assert grid._collect("result", [asked], 0) == found
+    grid.tell([asked], [came])
     assert told == [([asked], [came])]
 
 

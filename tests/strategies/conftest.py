@@ -1,18 +1,36 @@
 """A federation small enough for hand calculation: one layer, rank 1, three parameters an adapter."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from rich.console import Console
 
 from fedstrata.core import records
 from fedstrata.core.adapters import Layout
 from fedstrata.core.records import Binding, TrainReply
+from fedstrata.server import checkpoint, configure, launch
 from fedstrata.server.flower_private import become_server
-from fedstrata.strategies.base import Setup, Strategy
+from fedstrata.strategies.base import Parts, Setup, Strategy
 
 MakeReply = Callable[..., Message]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run came to."""
+
+    parts: Parts
+    summary: Mapping[str, Any]
+    folder: Path
+
+
 LAYOUT = Layout((("layer", 1, 2),))
 
 
@@ -31,10 +49,13 @@ def setup() -> Setup:
 def train_reply() -> MakeReply:
     """A client's train reply; its node is its partition + 2."""
 
-    def make(partition: int, values: Sequence[float], count: int = 10, loss: float = 1.0) -> Message:
+    def make(
+        partition: int, values: Sequence[float], count: int = 10, loss: float = 1.0, **extra: Sequence[float]
+    ) -> Message:
         request = Message(RecordDict(), partition + 2, records.TRAIN)
-        flat = np.array(values, dtype=np.float32)
-        return records.train_reply(TrainReply(Binding("", 1, 1, partition), flat, count, loss, 3, 0.1), request)
+        flat, beside = np.array(values, dtype=np.float32), {n: np.array(v, dtype=np.float32) for n, v in extra.items()}
+        reply = TrainReply(Binding("", 1, 1, partition), flat, count, loss, 3, 0.1, extra=beside)
+        return records.train_reply(reply, request)
 
     return make
 
@@ -54,3 +75,19 @@ def sent() -> Callable[[Strategy], dict[int, tuple[int, list[float]]]]:
         }
 
     return configure
+
+
+@pytest.fixture
+def federate(tmp_path: Path) -> Callable[..., Ran]:
+    """A whole run of fcit-mini-short, shrunk to one epoch a round: its strategy's final state and its summary."""
+    torch.set_num_threads(1)
+
+    def run(name: str, *words: str) -> Ran:
+        small = ["federation.grid=inprocess", "train.local_epochs=1", "train.lr=1e-3", "evaluate.split=val"]
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        config = configure.resolve("fcit-mini-short", [*small, f"strategy.name={name}", f"run.dir={folder}", *words])
+        launch.run(config, Console(quiet=True))
+        summary = json.loads((folder / "summary.json").read_text())
+        return Ran(checkpoint.require_newest(folder).parts, summary, folder)
+
+    return run

@@ -33,7 +33,10 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "strangers_package.strangers_module"
 
 
-@pytest.mark.parametrize("name", ["finetune", "joint", "disco", "oracle", "random-route"])
+METHODS = ["finetune", "joint", "fedprox", "scaffold", "ewc", "olora", "disco", "oracle", "random-route"]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_of_the_catalogue_is_found_and_described(name: str) -> None:
     kind = find(name)
     assert kind is STRATEGIES[name]

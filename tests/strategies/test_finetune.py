@@ -32,9 +32,8 @@ def test_every_participant_gets_the_one_adapter_and_the_mean_becomes_the_next(
     strategy.meet(TWO)
     start = strategy.state.adapter.tolist()
     assert sent(strategy) == {0: (0, start), 1: (0, start)}
-    arrays, _ = strategy.aggregate_train(1, [train_reply(0, [1, 2, 0], 1), train_reply(1, [5, -2, 0], 3)])
-    assert arrays is not None
-    assert arrays["flat"].numpy().tolist() == [4, -1, 0]  # (1·1 + 3·5) / 4, (1·2 + 3·(−2)) / 4
+    strategy.aggregate_train(1, [train_reply(0, [1, 2, 0], 1), train_reply(1, [5, -2, 0], 3)])
+    assert strategy.state.adapter.tolist() == [4, -1, 0]  # (1·1 + 3·5) / 4, (1·2 + 3·(−2)) / 4
     assert sent(strategy, 2) == {0: (0, [4, -1, 0]), 1: (0, [4, -1, 0])}
 
 

@@ -1,0 +1,83 @@
+"""The form of a kept reply: one file that is written in one pass and read through the system's page cache.
+
+A line of JSON (padded to whole 64 bytes), the records without arrays as Flower serialises them, then the bytes of
+every array, each at a multiple of 64. Reading maps the file: an array costs memory only while somebody looks at it.
+"""
+
+import hashlib
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as Proto
+
+from fedstrata.core.packing import gather, over
+from fedstrata.server import durable
+
+ALIGN = 64
+
+
+def write(path: Path, head: Mapping[str, Any], dicts: Sequence[RecordDict]) -> None:
+    """Writes some records under a head; after a power cut the file may be gone. Raises OSError when it does not fit."""
+    parts = [recorddict_to_proto(_rest(content)).SerializeToString() for content in dicts]
+    lengths = [len(part) for part in parts]
+    table: list[tuple[int, str, list[Any]]] = []
+    for number, content in enumerate(dicts):
+        for record, held in content.array_records.items():
+            table.append((number, record, []))
+            for name, array in held.items():
+                parts.append(b"\0" * (-sum(map(len, parts)) % ALIGN))
+                begin = sum(map(len, parts))
+                table[-1][2].append([name, array.dtype, list(array.shape), array.stype, begin, len(array.data)])
+                parts.append(array.data)
+    found = {**head, "records": lengths, "arrays": table, "sha256": _sha256(parts)}
+    line = json.dumps(found, sort_keys=True).encode()
+    durable.write_atomic(path, line + b" " * (-(len(line) + 1) % ALIGN) + b"\n", *parts, flush=False)
+
+
+def read(path: Path, head: Mapping[str, Any]) -> list[RecordDict]:
+    """What was written under this head. Raises OSError, ValueError, KeyError or TypeError when that is not there."""
+    line, body = _open(path)
+    found = json.loads(line)
+    if any(found[key] != value for key, value in head.items()) or found["sha256"] != _sha256([body]):
+        raise ValueError(f"{path.name}: is not what was written")
+    return _records(found, body)
+
+
+def again(path: Path) -> list[RecordDict]:
+    """What this process has written or verified before. Raises OSError when the file is gone."""
+    line, body = _open(path)
+    return _records(json.loads(line), body)
+
+
+def _open(path: Path) -> tuple[bytes, memoryview]:
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    end = data.find(b"\n") + 1
+    return data[:end], memoryview(data)[end:]
+
+
+def _records(found: Mapping[str, Any], body: memoryview) -> list[RecordDict]:
+    dicts, begin = [], 0
+    for length in found["records"]:
+        dicts.append(recorddict_from_proto(Proto.FromString(bytes(body[begin : begin + length]))))
+        begin += length
+    for number, record, held in found["arrays"]:
+        views = [(name, over(dtype, tuple(shape), body[a : a + n], stype)) for name, dtype, shape, stype, a, n in held]
+        dicts[number][record] = gather(views)
+    return dicts
+
+
+def _rest(content: RecordDict) -> RecordDict:
+    return RecordDict({name: content[name] for name in content if name not in content.array_records})
+
+
+def _sha256(parts: Sequence[bytes | memoryview]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()

@@ -1,0 +1,126 @@
+"""Ray's beginning and end: a Ray of our own, closed to others by a token, or an existing cluster that we join.
+
+Ray's servers listen on all interfaces, and whoever reaches them may run code; so a Ray that we start answers only to a
+token of its own, which lives in the environment of its processes and nowhere else. In a cluster that we join the
+user's own settings hold (RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token).
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc  # type: ignore[import-untyped]
+import ray
+from ray._private.gcs_utils import create_gcs_channel
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import (  # type: ignore[attr-defined]
+    AuthenticationMode,
+    AuthenticationTokenLoader,
+    Config,
+    get_authentication_mode,
+)
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import RayError
+
+from fedstrata.core.errors import BadInput, FedstrataError
+
+RAY_VERSION = "2.55.1"  # of which the private corners above are; a test names it
+KEY = "federation.ray_address"
+PATIENCE = 10.0  # seconds in which a cluster must answer
+
+
+def start_ray(cpus: int, address: str = "") -> None:
+    """Joins the cluster at `address`, or starts Ray on this machine; does nothing where Ray is up already.
+
+    Raises:
+        BadInput: no cluster answers at the address, or it refuses us.
+        FedstrataError: this Ray cannot be closed by a token.
+    """
+    if ray.is_initialized():
+        return
+    if address:
+        _join(address)
+    else:
+        _begin(cpus)
+
+
+def stop_ray() -> None:
+    """Ends the Ray that was started here, or leaves the cluster, which goes on without us."""
+    ray.shutdown()
+    if not ray.is_initialized():
+        _read_again()
+
+
+def _begin(cpus: int) -> None:
+    """Ray on this machine; its token dies with it."""
+    with _environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        _read_again()
+        if get_authentication_mode() != AuthenticationMode.TOKEN:
+            raise FedstrataError(f"Ray {ray.__version__} does not ask for a token; it is not started without one")
+        ray.init(
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=True,
+            logging_level=logging.ERROR,
+        )
+
+
+def _join(address: str) -> None:
+    if urlsplit(address).scheme == "ray":
+        rule = "host:port or auto, with fedstrata on one of the cluster's nodes (not Ray Client)"
+        raise BadInput(f"{KEY}: must be {rule}, got {address!r}")
+    _read_again()
+    try:
+        _knock(canonicalize_bootstrap_address(address))
+        ray.init(address=address, log_to_driver=False, configure_logging=True, logging_level=logging.ERROR)
+    except grpc.RpcError as error:
+        refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
+        what = "refused us" if refused else "does not answer as Ray does"
+        raise BadInput(f"{KEY}: {address} {what}: {error.details()}{_mode() if refused else ''}") from None
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise BadInput(f"{KEY}: cannot join {address}: {error}{_cause(error)}") from None
+
+
+def _knock(address: str | None) -> None:
+    """One call that tells at once what Ray's own start would find out in a minute, or never."""
+    if address is None:
+        raise ValueError("no Ray cluster is running on this machine")
+    with create_gcs_channel(address) as channel:
+        stub: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=PATIENCE)  # type: ignore[attr-defined]
+
+
+def _mode() -> str:
+    if get_authentication_mode() == AuthenticationMode.TOKEN:
+        return "; the token came from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+    return "; set RAY_AUTH_MODE=token and the cluster's token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token)"
+
+
+def _cause(error: BaseException) -> str:
+    return f" ({error.__cause__})" if error.__cause__ else ""
+
+
+def _read_again() -> None:
+    """Ray keeps what it once read of the environment."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _environment(changed: Mapping[str, str]) -> Iterator[None]:
+    """The environment with these changes, which processes started meanwhile inherit."""
+    before = {key: os.environ.get(key) for key in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
