@@ -15,9 +15,18 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # the questi
 
 
 def llama(
-    folder: Path, hidden: int, layers: int, vocabulary: int, heads: int = 4, intermediate: int | None = None
+    folder: Path,
+    hidden: int,
+    layers: int,
+    vocabulary: int,
+    heads: int = 4,
+    intermediate: int | None = None,
+    spread: float = 0.1,
 ) -> Path:
-    """A Llama with random weights (seed 0) and a tokenizer of `vocabulary` words w4, w5, … as a transformers folder."""
+    """A Llama with random weights (seed 0) and a tokenizer of `vocabulary` words w4, w5, … as a transformers folder.
+
+    spread: the weights' standard deviation; transformers' own is 0.02.
+    """
     torch.manual_seed(0)
     words = {**{name: i for i, name in enumerate(SPECIAL)}, **{f"w{i}": i for i in range(len(SPECIAL), vocabulary)}}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -33,7 +42,7 @@ def llama(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=512,
-        initializer_range=0.1,
+        initializer_range=spread,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -63,7 +63,8 @@ def work(sizes: Sizes) -> Iterator[Work]:
     torch.set_num_threads(1)
     settings = TrainSection(lr=1e-3, batch_size=sizes.batch, local_epochs=1, warmup_steps=0)
     with TemporaryDirectory() as name:
-        folder = llama(Path(name), sizes.hidden, sizes.layers, sizes.vocabulary, intermediate=sizes.intermediate)
+        shape = (sizes.hidden, sizes.layers, sizes.vocabulary)
+        folder = llama(Path(name), *shape, intermediate=sizes.intermediate, spread=0.02)
         section = kernels.settled(RunConfig(model=ModelSection(name=str(folder), device="cpu"))).model
         base = BaseModel(section, LoraSection())
         start = trained_once(fresh(base.layout, sizes.rank, 0))
@@ -73,7 +74,7 @@ def work(sizes: Sizes) -> Iterator[Work]:
 
 def trained_once(flat: Flat) -> Flat:
     """An adapter as of a later round: from B = 0 Adam's first steps hang on the signs of numbers close to 0."""
-    return (flat + np.random.default_rng(0).normal(0, 0.02, flat.shape)).astype(np.float32)
+    return (flat + np.random.default_rng(0).normal(0, 0.05, flat.shape)).astype(np.float32)
 
 
 def examples(sizes: Sizes, client: int) -> list[Example]:

@@ -145,6 +145,6 @@ def _told(case: tuple[int, float], trials: Sequence[Trial], tasks: int) -> str:
     low, mean = min(t.kept for t in trials), fmean(t.kept for t in trials)
     return (
         f"n = {case[0]}, z = {case[1]:g} ({cost}): kept {mean:.2f} of {tasks} (least {low}), matched to plain tokens "
-        f"{fmean(t.matched for t in trials):.2f} (least {min(t.matched for t in trials)}), "
-        f"cosine {fmean(t.near for t in trials):.3f}, test instructions routed home {fmean(t.routed for t in trials):.1f} %"
+        f"{fmean(t.matched for t in trials):.2f} (least {min(t.matched for t in trials)}), cosine to the plain token "
+        f"{fmean(t.near for t in trials):.3f}, test instructions routed home {fmean(t.routed for t in trials):.1f} %"
     )

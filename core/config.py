@@ -22,12 +22,18 @@ UPLOADS = ("float32", "bfloat16", "int8")
 QUANTISED = ("none", "8bit", "4bit")
 MATMULS = ("auto", "default", "onednn")
 KINDS = ("lora", "rslora", "dora", "ia3")
+MULTIPLIER = "0 or a finite number of at least 0.001"
 
 
 def require(holds: bool, key: str, rule: str, came: object) -> None:
     """Raises `BadInput` naming the key, the rule and what came, unless the rule `holds`."""
     if not holds:
         raise BadInput(f"{key}: must be {rule}, got {came!r}")
+
+
+def multiplier(noise: float) -> bool:
+    """Whether a number can be a noise multiplier: less is no privacy that anybody could account for."""
+    return noise == 0 or 1e-3 <= noise < float("inf")
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class FederationSection:
         key, clip, noise = "federation.update_", self.update_clip, self.update_noise
         require(0 <= clip < float("inf"), key + "clip", "a finite number of at least 0", clip)
         require(clip == 0 or self.clip == "off", key + "clip", f"0 with federation.clip={self.clip}", clip)
-        require(0 <= noise < float("inf"), key + "noise", "a finite number of at least 0", noise)
+        require(multiplier(noise), key + "noise", MULTIPLIER, noise)
         require(noise == 0 or clip > 0, key + "noise", "0 without federation.update_clip, which scales it", noise)
         require(0 < self.update_delta < 1, key + "delta", "above 0 and below 1", self.update_delta)
 

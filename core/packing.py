@@ -3,6 +3,7 @@
 import io
 import mmap
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -31,15 +32,30 @@ def view(array: Array) -> npt.NDArray[Any]:
     """
     if array.stype != NUMPY:
         raise ValueError(f"an array must be serialised as {NUMPY}, got {array.stype!r}")
-    file = io.BytesIO(memoryview(array.data)[:HEADER])
+    shape, fortran, dtype, begin = _read_header(bytes(memoryview(array.data)[: _length(array.data)]))
+    flat = np.frombuffer(array.data, dtype, int(np.prod(shape, dtype=np.int64)), begin)
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _length(data: Buffer) -> int:
+    """Of the header: 10 or 12 bytes, of which the last ones say how many follow; never more than `HEADER`."""
+    begin = memoryview(data)[:12].tobytes()
+    short = begin[6:7] == b"\x01"
+    told = int.from_bytes(begin[8:10] if short else begin[8:12], "little")
+    return min(HEADER, told + (10 if short else 12))
+
+
+@lru_cache(maxsize=256)
+def _read_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether in Fortran's order, type, and where the numbers begin; equal headers are parsed once."""
+    file = io.BytesIO(header)
     version = npy.read_magic(file)
     if version not in READERS:
         raise ValueError(f"an array's bytes must be of .npy version 1 or 2, got {version}")
     shape, fortran, dtype = READERS[version](file)
     if dtype.hasobject:
         raise ValueError("an array of Python objects is not read")
-    flat = np.frombuffer(array.data, dtype, int(np.prod(shape, dtype=np.int64)), file.tell())
-    return flat.reshape(shape, order="F" if fortran else "C")
+    return shape, fortran, dtype, file.tell()
 
 
 def over(dtype: str, shape: tuple[int, ...], data: Buffer, stype: str = NUMPY) -> Array:

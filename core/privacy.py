@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedstrata.core.config import StrategyConfig, require
+from fedstrata.core.config import MULTIPLIER, StrategyConfig, multiplier, require
 from fedstrata.core.errors import BadInput
 
 Matrix = npt.NDArray[np.float64]
@@ -34,7 +34,7 @@ class TokenConfig(StrategyConfig):
         super().__post_init__()
         key = "strategy.token_"
         require(self.token_min_samples >= 1, key + "min_samples", "at least 1", self.token_min_samples)
-        require(0 <= self.token_noise < float("inf"), key + "noise", "a finite number of at least 0", self.token_noise)
+        require(multiplier(self.token_noise), key + "noise", MULTIPLIER, self.token_noise)
         good = self.token_clip is None or 0 < self.token_clip < float("inf")
         require(good, key + "clip", "a finite number above 0, or null", self.token_clip)
         require(0 < self.token_delta < 1, key + "delta", "above 0 and below 1", self.token_delta)
@@ -84,20 +84,25 @@ def gaussian(key: bytes, names: Sequence[str | int | float], size: int) -> Matri
     return np.asarray(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size], dtype=np.float64)
 
 
-def epsilon(multiplier: float, releases: int, delta: float) -> float:
+def epsilon(noise: float, releases: int, delta: float) -> float:
     """ε at δ of `releases` Gaussian releases with noise multiplier z: one release with z / √releases, exactly.
 
-    By dp-accounting's analytic Gaussian mechanism (Balle and Wang 2018, arXiv 1805.06530). No amplification by
-    sampling is claimed.
+    By dp-accounting's privacy loss of the Gaussian mechanism, whose δ(ε) is exact (Balle and Wang 2018, arXiv
+    1805.06530). No amplification by sampling is claimed.
 
     Raises:
         ValueError: no noise, a negative number of releases, or a δ that is not between 0 and 1.
     """
-    if not (multiplier > 0 and releases >= 0 and 0 < delta < 1):
-        raise ValueError(f"expected z > 0, releases ≥ 0 and 0 < δ < 1, got {multiplier}, {releases} and {delta}")
+    if not (noise > 0 and releases >= 0 and 0 < delta < 1):
+        raise ValueError(f"expected z > 0, releases ≥ 0 and 0 < δ < 1, got {noise}, {releases} and {delta}")
     if not releases:
         return 0.0
     # here: it takes seconds to import, and most runs need none of it
-    from dp_accounting import get_epsilon_gaussian  # type: ignore[import-untyped]  # it brings no types
+    from dp_accounting.pld import common, privacy_loss_mechanism  # type: ignore[import-untyped]  # it brings no types
 
-    return float(get_epsilon_gaussian(multiplier / math.sqrt(releases), delta))
+    sigma = noise / math.sqrt(releases)
+    rho = 1 / (2 * sigma**2)  # zero-concentrated: (Bun and Steinke 2016) gives more than the smallest ε
+    most = rho + 2 * math.sqrt(rho * math.log(1 / delta))
+    loss = privacy_loss_mechanism.GaussianPrivacyLoss(sigma)
+    search = common.BinarySearchParameters(0.0, most, tolerance=1e-9 * most)
+    return float(common.inverse_monotone_function(loss.get_delta_for_epsilon, delta, search))

@@ -7,6 +7,7 @@ a method that declares extras gets them in a second ArrayRecord.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -140,7 +141,7 @@ def arrays(**named: np.ndarray) -> ArrayRecord:
 
 
 def to_meta(value: Assignment) -> ConfigRecord:
-    fields = {**asdict(value.binding), **{k: v for k, v in asdict(value).items() if k != "binding"}}
+    fields = {**vars(value.binding), **{key: item for key, item in vars(value).items() if key != "binding"}}
     return ConfigRecord({key: list(item) if isinstance(item, tuple) else item for key, item in fields.items()})
 
 
@@ -323,14 +324,12 @@ def read_description(message: Message) -> Description:
 
 def tensor_bytes(messages: Sequence[Message]) -> int:
     """Raw tensor bytes in these messages: the figure reported as bytes_up, bytes_down and bytes_eval."""
-    records = [
-        record for message in messages if message.has_content() for record in message.content.array_records.values()
-    ]
-    return sum(_size(array) for record in records for array in record.values())
+    records = [record for message in messages if message.has_content() for record in message.content.values()]
+    return sum(_size(array) for record in records if isinstance(record, ArrayRecord) for array in record.values())
 
 
 def _size(array: Array) -> int:
-    return int(np.dtype(array.dtype).itemsize * np.prod(array.shape, dtype=np.int64))
+    return np.dtype(array.dtype).itemsize * math.prod(array.shape)
 
 
 def rebind(meta: Assignment, **changes: Any) -> Assignment:

@@ -72,8 +72,8 @@ class Question(Generic[T]):
     def expected(self, seat: Seat, message: Message) -> Expected:
         """What the answer of one seat must look like."""
         at = seat.assignment.binding
-        arrays = message.content.array_records.get(records.ARRAYS, ArrayRecord())
-        start = view(arrays[records.FLAT]) if records.FLAT in arrays else None
+        arrays = message.content[records.ARRAYS] if records.ARRAYS in message.content else None
+        start = view(arrays[records.FLAT]) if isinstance(arrays, ArrayRecord) and records.FLAT in arrays else None
         limit = self.limits.get(at.partition, float("inf"))
         return Expected(at, self.size, seat.samples, start, limit, self.extras, self.upload)
 

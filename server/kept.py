@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
@@ -27,7 +27,9 @@ def write(path: Path, head: Mapping[str, Any], dicts: Sequence[RecordDict]) -> N
     lengths = [len(part) for part in parts]
     table: list[tuple[int, str, list[Any]]] = []
     for number, content in enumerate(dicts):
-        for record, held in content.array_records.items():
+        for record, held in content.items():
+            if not isinstance(held, ArrayRecord):
+                continue
             table.append((number, record, []))
             for name, array in held.items():
                 parts.append(b"\0" * (-sum(map(len, parts)) % ALIGN))
@@ -73,7 +75,7 @@ def _records(found: Mapping[str, Any], body: memoryview) -> list[RecordDict]:
 
 
 def _rest(content: RecordDict) -> RecordDict:
-    return RecordDict({name: content[name] for name in content if name not in content.array_records})
+    return RecordDict({name: held for name, held in content.items() if not isinstance(held, ArrayRecord)})
 
 
 def _sha256(parts: Sequence[bytes | memoryview]) -> str:

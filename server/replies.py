@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,10 +46,10 @@ class Replies:
 
     def have(self, request: Message) -> tuple[Message, RecordDict] | None:
         """The reply that was kept for a request and its client's memory; None when there is none that fits."""
-        if self.folder is None:
+        if self.folder is None or not (path := self._path(request)).exists():
             return None
         try:
-            content, memory = kept.read(self._path(request), self._asked(request))
+            content, memory = kept.read(path, self._asked(request))
         except (OSError, ValueError, KeyError, TypeError):
             return None
         at = records.binding(request)
@@ -78,7 +77,7 @@ class Replies:
         """What a reply is bound to: whose it is, and everything that the client was sent."""
         at: Binding = records.binding(request)
         kind = request.metadata.message_type
-        return {**asdict(at), "kind": kind, "asked": self._content(request.content)}
+        return {**vars(at), "kind": kind, "asked": self._content(request.content)}
 
     def _content(self, content: RecordDict) -> str:
         sha = hashlib.sha256()
@@ -111,5 +110,6 @@ def _read(path: Path, reply: Message) -> Message:
 
 def let_go(reply: Message) -> None:
     """Takes the arrays out of a reply, which a grid may hold on to."""
-    for name in list(reply.content.array_records) if reply.has_content() else []:
-        del reply.content[name]
+    for name, held in list(reply.content.items()) if reply.has_content() else []:
+        if isinstance(held, ArrayRecord):
+            del reply.content[name]

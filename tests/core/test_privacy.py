@@ -49,6 +49,12 @@ def test_epsilon_is_the_smallest_that_keeps_delta(z: float, releases: int, delta
     assert epsilon(z, releases + 1, delta) > found
 
 
+@pytest.mark.parametrize("releases", [1, 10_000])
+def test_hardly_any_noise_has_a_huge_epsilon_and_no_end_of_search(releases: int) -> None:
+    found = epsilon(1e-3, releases, DELTA)
+    assert releases * 5e5 < found < releases * 5.1e5  # near 1 / 2σ², where the mean of the privacy loss is
+
+
 def test_nothing_released_costs_nothing_and_no_noise_has_no_epsilon() -> None:
     assert epsilon(1.0, 0, DELTA) == 0.0
     for z, releases, delta in [(0.0, 1, DELTA), (1.0, -1, DELTA), (1.0, 1, 0.0), (1.0, 1, 1.0)]:
@@ -126,6 +132,7 @@ def test_all_methods_that_ask_for_tokens_have_the_options_and_others_refuse_them
     [
         ("strategy", "token_min_samples", 0),
         ("strategy", "token_noise", -1),
+        ("strategy", "token_noise", 1e-4),
         ("strategy", "token_noise", float("inf")),
         ("strategy", "token_clip", 0),
         ("strategy", "token_delta", 1),
