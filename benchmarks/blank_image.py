@@ -39,7 +39,7 @@ def main() -> None:
     config, knowledge, says = read_knowledge(given.run)
     scenario = scenarios.of(config)
     router = find(config.strategy.name).router(knowledge)
-    answerer = Answerer(base_of(config), knowledge, router, config.lora.alpha / config.lora.rank)
+    answerer = Answerer(base_of(config), knowledge, router, config.lora.scaling)
     rows = {}
     for index, task in enumerate(scenario.tasks):
         points = []

@@ -108,7 +108,7 @@ def tell(folder: Path, run: Rounds, clients: int) -> None:
         order = [row for batch in batches(len(mine), config.train, seed) for row in batch]
         rows.append([tokens(mine[row]) for row in order])
     told: dict[str, Any] = {"base": config.model.name, "rank": config.lora.rank, "rows": rows}
-    told |= {"scaling": config.lora.alpha / config.lora.rank, "lr": LR, "batch": config.train.batch_size}
+    told |= {"scaling": config.lora.scaling, "lr": LR, "batch": config.train.batch_size}
     (folder / "rows.json").write_text(json.dumps(told), encoding="utf-8")
 
 

@@ -27,7 +27,12 @@ FULL: dict[str, Any] = {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
 }
-SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+SMALL: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ def bench(quick: bool = False) -> Result:
     """
     with tempfile.TemporaryDirectory() as name:
         size = write_base(Path(name), SMALL if quick else FULL, 2_000 if quick else 32_000)
-        rounds = [{way: growth(Path(name), way) for way in ("mapped", COPIES)} for _ in range(1 if quick else 5)]
+        repeats, workers = (1, 2) if quick else (5, WORKERS)
+        rounds = [{way: growth(Path(name), way, workers) for way in ("mapped", COPIES)} for _ in range(repeats)]
     digests = frozenset[str]().union(*(one.digests for round_ in rounds for one in round_.values()))
     if len(digests) != 1:
         raise AssertionError(f"workers trained different adapters from equal weights: {sorted(digests)}")
@@ -55,7 +61,7 @@ def bench(quick: bool = False) -> Result:
     trimmed = [round_["mapped"].trimmed for round_ in rounds]
     return Result(
         name="memory",
-        what=f"{WORKERS} workers on a base of {size / 1e6:.0f} MB: load, hash, one step of training, checkpointed",
+        what=f"{workers} workers on a base of {size / 1e6:.0f} MB: load, hash, one step of training, checkpointed",
         clock="MB",
         ratios={COPIES: median(c / m for c, m in zip(grown[COPIES], grown["mapped"], strict=True))},
         targets={LIMIT: 1.15},
@@ -86,15 +92,15 @@ def write_base(folder: Path, shape: dict[str, Any], vocabulary: int) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def growth(folder: Path, way: str) -> Growth:
+def growth(folder: Path, way: str, workers: int) -> Growth:
     """Starts the workers, lets them load `folder` and train, and ends them."""
     context = multiprocessing.get_context("spawn")
-    ends = [context.Pipe() for _ in range(WORKERS)]
-    workers = [context.Process(target=work, args=(there, str(folder), way)) for _, there in ends]
-    for worker, (_, there) in zip(workers, ends, strict=True):
+    ends = [context.Pipe() for _ in range(workers)]
+    started = [context.Process(target=work, args=(there, str(folder), way)) for _, there in ends]
+    for worker, (_, there) in zip(started, ends, strict=True):
         worker.start()
         there.close()  # the worker's alone, so that its death is seen
-    pids, here = [int(worker.pid or 0) for worker in workers], [end for end, _ in ends]
+    pids, here = [int(worker.pid or 0) for worker in started], [end for end, _ in ends]
     try:
         told: list[list[Any]] = []
         sizes = []
@@ -105,7 +111,7 @@ def growth(folder: Path, way: str) -> Growth:
                 end.send(None)
         return Growth(sizes[1] - sizes[0], sizes[2] - sizes[0], frozenset(told[1]))
     finally:
-        for worker in workers:
+        for worker in started:
             worker.join(60)
             worker.kill()
 

@@ -48,7 +48,7 @@ def pair(run: Rounds) -> tuple[dict[str, Cost], float]:
     cohorts = [jobs_of(unit) for unit in units(run.asked, run.federation.grid.cohort_size)]  # type: ignore[attr-defined]
     config = run.federation.config
     base = app.base_of(config)
-    scaling, half = config.lora.alpha / config.lora.rank, find(config.strategy.name).local_half()
+    scaling, half = config.lora.scaling, find(config.strategy.name).local_half()
     done: list[Trained] = []
     alone = cost(lambda: done.extend(t for jobs in cohorts for t in train(base, jobs, config.train, scaling, half)))
     flats = [trained.flat.astype(np.float64) for trained in done]

@@ -45,6 +45,7 @@ class Cohort:
     active: int
     dense: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter of the tail → its difference [C, …]
     dropout: Dropout | None = None
+    window: tuple[int, int] | None = None  # the clients whose rows the next forward passes hold; None: all active ones
 
     @staticmethod
     def of(flats: Sequence[Flat], layout: Layout, scaling: float, device: torch.device, dtype: torch.dtype) -> "Cohort":
@@ -93,14 +94,28 @@ class Cohort:
 
     def _active(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = self.factors[name]
-        return (a, b) if self.active == len(a) else (a[: self.active], b[: self.active])
+        return (a, b) if self._there == (0, len(a)) else (a[slice(*self._there)], b[slice(*self._there)])
+
+    @property
+    def _there(self) -> tuple[int, int]:
+        return self.window or (0, self.active)
+
+    @contextmanager
+    def only(self, first: int, last: int) -> Iterator[None]:
+        """While open, forward passes hold the rows of clients first … last − 1 alone."""
+        self.window = (first, last)
+        try:
+            yield
+        finally:
+            self.window = None
 
     def _dense_delta(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """out + ΔW_c x + Δb_c."""
-        weight, bias = self.dense[f"{name}.weight"][: self.active], self.dense.get(f"{name}.bias")
-        base = out.reshape(self.active, -1, out.shape[-1]).to(weight.dtype)
-        base = base if bias is None else base + bias[: self.active].unsqueeze(1)
-        rows = x.reshape(self.active, -1, x.shape[-1]).to(weight.dtype)
+        here = slice(*self._there)
+        weight, bias = self.dense[f"{name}.weight"][here], self.dense.get(f"{name}.bias")
+        base = out.reshape(len(weight), -1, out.shape[-1]).to(weight.dtype)
+        base = base if bias is None else base + bias[here].unsqueeze(1)
+        rows = x.reshape(len(weight), -1, x.shape[-1]).to(weight.dtype)
         return torch.baddbmm(base, rows, weight.transpose(1, 2)).view(out.shape).to(out.dtype)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fedstrata.client.answers import answers_only
-from fedstrata.client.batching import Batch, Rows, batches, collate, length, pieces, supervised
+from fedstrata.client.batching import Batch, Rows, batches, collate, group_size, length, pieces, supervised
 from fedstrata.client.dropout import Dropout
 from fedstrata.client.local import LocalContext
 from fedstrata.client.lora import Cohort, adapted
@@ -119,16 +119,31 @@ def _has(half: LocalHalf, hook: str) -> bool:
 
 
 def passes(ctx: LocalContext, half: LocalHalf, rows: Rows) -> torch.Tensor:
-    """Forward and backward of one step, piece by piece; the loss [active] of the whole step."""
+    """Forward and backward of one step; the loss [active] of the whole step.
+
+    On a CPU a wide base's clients go in groups whose hidden states stay in its caches. A method with a loss of its own
+    is asked for all clients at once.
+    """
+    model, grouped = ctx.base.model, ctx.base.device.type == "cpu" and not _has(half, "loss")
+    size = group_size(rows, model.config.get_text_config().hidden_size) if grouped else len(rows)
+    losses = []
+    for first in range(0, len(rows), size):
+        with ctx.cohort.only(first, min(first + size, len(rows))):
+            losses.append(_pieces(ctx, half, rows[first : first + size], ctx.jobs[first:]))
+    return torch.cat(losses)
+
+
+def _pieces(ctx: LocalContext, half: LocalHalf, rows: Rows, jobs: Sequence[Job]) -> torch.Tensor:
+    """Forward and backward of some clients' step, piece by piece; their losses."""
     base, cohort, totals, losses = ctx.base, ctx.cohort, supervised(rows), []
     parts = pieces(rows, ctx.settings.micro_batch)
     for places, mine in parts:
         if cohort.dropout is not None:
             lengths = [[length(row) for row in own] for own in mine]
-            cohort.dropout.begin(lengths, [job.seed for job in ctx.jobs[: cohort.active]], ctx.step, places)
+            cohort.dropout.begin(lengths, [job.seed for job in jobs[: len(rows)]], ctx.step, places)
         batch = collate(base, mine, totals, 1 / len(parts))
         with nullcontext() if cohort.dropout else answers_only(base, batch):  # what is drawn depends on positions
-            piece = half.loss(ctx, batch, None, answer_loss(base, batch, cohort.active))
+            piece = half.loss(ctx, batch, None, answer_loss(base, batch, len(rows)))
             torch.autograd.backward(piece.sum())
         losses.append(piece.detach())
     return sum(losses[1:], losses[0])

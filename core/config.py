@@ -170,7 +170,7 @@ class LoraSection:
     alpha: float = 16.0
     dropout: float = 0.0  # on the input of A while training, as PEFT's lora_dropout
     init: str = "uniform"  # of A: uniform: ±1/√in as PEFT draws it; normal: N(0, 0.01²); B is 0 in both
-    targets: list[str] = field(  # names of the language model's Linear layers, as PEFT's target_modules
+    targets: list[str] = field(  # suffixes of the language model's Linear layers; with a dot, of any other's
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 

@@ -11,8 +11,8 @@ from fedstrata.strategies import STRATEGIES
 
 MODELS = {
     "tiny": "the embedded base: a 0.9 M-parameter LLaVA that ships with fedstrata; CPU, no download",
-    "FOLDER": "a local LLaVA folder in the transformers layout",
-    "llava-hf/llava-1.5-7b-hf": "any LLaVA of a model hub by its name (downloads it)",
+    "FOLDER": "a local LLaVA or causal language model in the transformers layout",
+    "llava-hf/llava-1.5-7b-hf": "any LLaVA or causal language model of a model hub by its name (downloads it)",
 }
 
 

@@ -72,7 +72,7 @@ class Question(Generic[T]):
     def expected(self, seat: Seat, message: Message) -> Expected:
         """What the answer of one seat must look like."""
         at = seat.assignment.binding
-        arrays = message.content[records.ARRAYS] if records.ARRAYS in message.content else None
+        arrays = message.content.get(records.ARRAYS)
         start = view(arrays[records.FLAT]) if isinstance(arrays, ArrayRecord) and records.FLAT in arrays else None
         limit = self.limits.get(at.partition, float("inf"))
         return Expected(at, self.size, seat.samples, start, limit, self.extras, self.upload)

@@ -23,7 +23,8 @@ from fedstrata.client.prompts import Prepared
 from fedstrata.client.training import Job, batches, train
 from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import LoraSection, ModelSection, TrainSection
-from fedstrata.scenarios.stream import Example
+from fedstrata.scenarios.stream import Example, Pixels
+from fedstrata.strategies.base import LocalHalf
 
 SCALING, RANK = 2.0, 4
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -237,6 +238,62 @@ def test_grouping_by_length_changes_no_result(
     assert len(found) > (2 if micro_batch else 1)
     for job, left, right in zip(jobs, exact(base64, jobs, settings, dropout=dropout), whole, strict=True):
         assert apart(left, right, job.flat) <= 1e-9
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_as_many_as_the_hidden_states_fill_caches() -> None:
+    rows = [[row(64)] * 4] * 16
+    assert batching.group_size(rows, 64) == 16
+    assert batching.group_size(rows, 256) == 8  # 16 · 4 · 64 · 256 is twice as much
+    assert batching.group_size(rows[:3], 256) == 3
+    assert batching.group_size(rows[:9], 256) == 5
+    assert batching.group_size(rows, 4096) == 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_groups_of_clients_change_no_result(base64: BaseModel, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    jobs = ragged(base64, 5)
+    together = exact(base64, jobs, dropout=dropout)
+    for numbers in (1, 2 * 3 * 25 * 32):
+        monkeypatch.setattr(batching, "CACHED", numbers)
+        for job, left, right in zip(jobs, exact(base64, jobs, dropout=dropout), together, strict=True):
+            assert apart(left, right, job.flat) <= 1e-9
+
+
+def test_in_groups_too_every_client_trains_its_own_projector(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vision = BaseModel(ModelSection(name=str(llava), device="cpu"), LoraSection(), "shared")
+    pictures = [Pixels(np.full((32, 32, 3), 40 * number, np.uint8)) for number in range(4)]
+    share = [Example(str(number), "what?", "red blue", picture) for number, picture in enumerate(pictures)]
+    jobs = [Job(share[: 1 + client], fresh(vision.layout, RANK, client), client) for client in range(3)]
+    together = train(vision, jobs, SETTINGS, SCALING)
+    monkeypatch.setattr(batching, "CACHED", 1)
+    for job, left, right in zip(jobs, train(vision, jobs, SETTINGS, SCALING), together, strict=True):
+        (_, start), (_, mine), (_, theirs) = (vision.layout.cut(flat) for flat in (job.flat, left.flat, right.flat))
+        assert apart(mine, theirs, start) <= 1e-3
+        assert left.loss == pytest.approx(right.loss, rel=1e-5)
+
+
+class Penalty(LocalHalf):
+    """Notes how many clients its loss is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def loss(self, ctx: Any, batch: Any, out: Any, base_loss: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(base_loss))
+        return base_loss
+
+
+def test_a_method_with_a_loss_of_its_own_sees_all_clients_at_once(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "CACHED", 1)
+    half = Penalty()
+    train(base, ragged(base, 3), SETTINGS, SCALING, half)
+    assert half.seen[0] == 3
 
 
 # --- the last layer ---------------------------------------------------------------------------------------------------

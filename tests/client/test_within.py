@@ -127,6 +127,7 @@ REAL = """
     import resource, sys
     import numpy as np, torch
     torch.set_num_threads(1)
+    from fedstrata.client import batching
     from fedstrata.client.model import BaseModel
     from fedstrata.client.training import Job, train
     from fedstrata.client.within import train_within
@@ -134,6 +135,7 @@ REAL = """
     from fedstrata.core.config import LoraSection, ModelSection, TrainSection
     from fedstrata.scenarios.stream import Example
 
+    batching.CACHED = 2**60  # all clients at once: in groups, as a CPU would take them, they fit
     base = BaseModel(ModelSection(device="cpu"), LoraSection())
     rows = [Example(str(row), "what colour is the shape? " * 30, "red") for row in range(8)]
     settings = TrainSection(batch_size=8, local_epochs=1, max_length=4000)
