@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ def rounds(folder: Path, words: Sequence[str], recipe: str = "") -> Iterator[Rou
     config = configure.resolve(recipe, [*words, f"run.dir={folder}"])
     prepared = prepare(config)
     try:
-        yield Rounds(launch._federation(prepared, folder, Console(file=io.StringIO()), None))
+        federation = launch._federation(prepared, folder, Console(file=io.StringIO()), None)
+        with closing(federation.chronicle.tracker):
+            yield Rounds(federation)
     finally:
         prepared.close()

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = ("benchmarks", "client", "core", "scenarios", "server", "strategies")
 NOT_OURS = {"tests", "docs", "build", "dist", "runs"}
 DATA = {"client": "tiny/*", "scenarios": "library/*.yaml", "server": "report.html.j2"}
-COMES_WITH = {"ray": "flwr", "click": "typer", "tokenizers": "transformers", "markupsafe": "jinja2"}
+COMES_WITH = {"ray": "flwr", "grpc": "flwr", "click": "typer", "tokenizers": "transformers", "markupsafe": "jinja2"}
 
 
 def wanted() -> set[str]:
