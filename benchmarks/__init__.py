@@ -12,6 +12,7 @@ NAMES = {
     "bytes": "upload per client-round at LLaVA-1.5-7B's shapes, against the published code",
     "memory": "growth of memory with 4 workers on one base, against one copy of it",
     "scale": "10,000 registered clients against 100",
+    "leak": "memory after 200 rounds against memory after 20",
     "token-dp": "identity tokens with noise: which tasks of fcit-mini keep their subspaces, at what epsilon",
     "gpu": "what a GPU does at best: cost of an operation, matrix peak, memory per token",
     "gpu-train": "local training at LLaVA-1.5-7B's shape, against the published recipe on the same card",

@@ -3,7 +3,6 @@
 `python -m fedstrata.benchmarks.stock <client app> <clients> <actors> <start.npz> <out.npz>` is that process.
 """
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,35 +12,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-READY, GO = "READY", "GO"
+from fedstrata.benchmarks.trees import READY, Side, side
+
 Named = dict[str, npt.NDArray[np.float32]]
 
 
 class Stock:
     """The other process, seen from here."""
 
-    def __init__(self, process: "subprocess.Popen[str]", out: Path) -> None:
+    def __init__(self, process: Side, out: Path) -> None:
         self._process, self._out = process, out
-        self._wait()
 
     def next(self) -> None:
         """One round of FedAvg over all clients."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{GO}\n")
-        self._process.stdin.flush()
-        self._wait()
+        self._process.ask("go")
 
     def arrays(self) -> Named:
         """The aggregate after the last round."""
         with np.load(self._out) as file:
             return dict(file)
-
-    def _wait(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.strip() == READY:
-                return
-        raise RuntimeError(f"stock Flower simulation ended with {self._process.wait()}")
 
 
 @contextmanager
@@ -50,14 +39,8 @@ def stock(client_app: str, clients: int, actors: int, start: Named, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "start.npz", **start)  # type: ignore[arg-type]  # numpy types every keyword as a flag
     words = [client_app, str(clients), str(actors), str(folder / "start.npz"), str(folder / "out.npz")]
-    command = [sys.executable, "-m", "fedstrata.benchmarks.stock", *words]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            yield Stock(process, folder / "out.npz")
-        finally:
-            process.communicate()  # end of input ends it
-            process.wait()
+    with side("fedstrata.benchmarks.stock", words, folder / "log") as process:
+        yield Stock(process, folder / "out.npz")
 
 
 def main(client_app: str, clients: int, actors: int, start: Path, out: Path) -> None:

@@ -8,8 +8,9 @@ import hashlib
 import json
 import mmap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -21,9 +22,25 @@ from fedstrata.server import durable
 ALIGN = 64
 
 
-def write(path: Path, head: Mapping[str, Any], dicts: Sequence[RecordDict]) -> None:
+@dataclass(frozen=True)
+class Slot:
+    """A file that this process has written, and what of its content is no array."""
+
+    path: Path
+    begin: int
+    arrays: Sequence[Sequence[Any]]
+    rests: Sequence[RecordDict]
+
+    def load(self) -> list[RecordDict]:
+        """What was written. Raises OSError when the file is gone."""
+        dicts = [RecordDict(dict(rest.items())) for rest in self.rests]
+        return _filled(dicts, self.arrays, _map(self.path)[self.begin :])
+
+
+def write(path: Path, head: Mapping[str, Any], dicts: Sequence[RecordDict]) -> Slot:
     """Writes some records under a head; after a power cut the file may be gone. Raises OSError when it does not fit."""
-    parts = [recorddict_to_proto(_rest(content)).SerializeToString() for content in dicts]
+    rests = [_rest(content) for content in dicts]
+    parts = [recorddict_to_proto(rest).SerializeToString() for rest in rests]
     lengths = [len(part) for part in parts]
     table: list[tuple[int, str, list[Any]]] = []
     for number, content in enumerate(dicts):
@@ -38,7 +55,9 @@ def write(path: Path, head: Mapping[str, Any], dicts: Sequence[RecordDict]) -> N
                 parts.append(array.data)
     found = {**head, "records": lengths, "arrays": table, "sha256": _sha256(parts)}
     line = json.dumps(found, sort_keys=True).encode()
-    durable.write_atomic(path, line + b" " * (-(len(line) + 1) % ALIGN) + b"\n", *parts, flush=False)
+    line += b" " * (-(len(line) + 1) % ALIGN) + b"\n"
+    durable.write_atomic(path, line, *parts, flush=False)
+    return Slot(path, len(line), table, rests)
 
 
 def read(path: Path, head: Mapping[str, Any]) -> list[RecordDict]:
@@ -57,10 +76,14 @@ def again(path: Path) -> list[RecordDict]:
 
 
 def _open(path: Path) -> tuple[bytes, memoryview]:
+    data = _map(path)
+    line = bytes(data[: cast(mmap.mmap, data.obj).find(b"\n") + 1])
+    return line, data[len(line) :]
+
+
+def _map(path: Path) -> memoryview:
     with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    end = data.find(b"\n") + 1
-    return data[:end], memoryview(data)[end:]
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _records(found: Mapping[str, Any], body: memoryview) -> list[RecordDict]:
@@ -68,7 +91,12 @@ def _records(found: Mapping[str, Any], body: memoryview) -> list[RecordDict]:
     for length in found["records"]:
         dicts.append(recorddict_from_proto(Proto.FromString(bytes(body[begin : begin + length]))))
         begin += length
-    for number, record, held in found["arrays"]:
+    return _filled(dicts, found["arrays"], body)
+
+
+def _filled(dicts: list[RecordDict], arrays: Sequence[Sequence[Any]], body: memoryview) -> list[RecordDict]:
+    """Puts the arrays back that lie in the body."""
+    for number, record, held in arrays:
         views = [(name, over(dtype, tuple(shape), body[a : a + n], stype)) for name, dtype, shape, stype, a, n in held]
         dicts[number][record] = gather(views)
     return dicts

@@ -41,8 +41,8 @@ class Replies:
             return partial(with_content, reply, RecordDict({name: reply.content[name] for name in reply.content}))
         path = self._path(request)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept.write(path, self._asked(request), [reply.content, memory or RecordDict()])
-        return partial(_read, path, reply)
+        slot = kept.write(path, self._asked(request), [reply.content, memory or RecordDict()])
+        return lambda: with_content(reply, slot.load()[0])
 
     def have(self, request: Message) -> tuple[Message, RecordDict] | None:
         """The reply that was kept for a request and its client's memory; None when there is none that fits."""
