@@ -10,11 +10,11 @@ from fedstrata.server.bench import rows
 
 HEAD = """# Benchmarks
 
-Two ways of doing the same work, side by side in one run, one thread each; where time is measured, a figure is the median
-of at least five interleaved pairs, as a ratio, since machines are noisy. `fedstrata bench NAME --json docs/benchmarks/NAME.json`
-measures one again, `python benchmarks/table.py docs/benchmarks > docs/benchmarks.md` writes this page. A ratio is
-baseline / ours (bigger is better), a figure without × is a ceiling (smaller is better). Raw pairs, machine and
-versions are in the JSON files.
+Two ways of doing the same work, side by side in one run, one thread each; where time is measured, a figure is the
+median of at least five interleaved pairs, as a ratio, since machines are noisy.
+`fedstrata bench NAME --json docs/benchmarks/NAME.json` measures one again,
+`python benchmarks/table.py docs/benchmarks > docs/benchmarks.md` writes this page. A ratio is baseline / ours (bigger
+is better), a figure without × is a ceiling (smaller is better). Raw pairs, machine and versions are in the JSON files.
 """
 
 
