@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load, save
 
-from fedstrata.server import durable
+from fedstrata.core import durable
 
 SUFFIX = ".safetensors"
 KEY = "tensor"

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from fedstrata.core import durable
+from fedstrata.core.durable import write_atomic
 from fedstrata.core.errors import BadInput
-from fedstrata.server import blobs, durable, manifest
-from fedstrata.server.durable import write_atomic
+from fedstrata.server import blobs, manifest
 from fedstrata.server.manifest import Damaged, Manifest
 from fedstrata.strategies.base import Parts
 

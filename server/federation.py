@@ -17,12 +17,12 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedstrata.core import records
+from fedstrata.core import durable, records
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import FedstrataError
 from fedstrata.core.records import Assignment, Binding
 from fedstrata.scenarios.stream import Scenario
-from fedstrata.server import checkpoint, clipping, durable, fitting, memory, noise, privacy
+from fedstrata.server import checkpoint, clipping, fitting, memory, noise, privacy
 from fedstrata.server.checks import Kind
 from fedstrata.server.chronicle import Chronicle, Done
 from fedstrata.server.exchange import Exchange, Ledger, Question, Seat, questions

@@ -16,8 +16,8 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
+from fedstrata.core import durable
 from fedstrata.core.packing import gather, over
-from fedstrata.server import durable
 
 ALIGN = 64
 

@@ -13,13 +13,14 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from fedstrata.core import config as configuration
+from fedstrata.core import durable
 from fedstrata.core.adapters import unfusable
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.core.metrics import AccuracyMatrix
 from fedstrata.core.records import Description
 from fedstrata.core.tracking import open_tracker, plain
-from fedstrata.server import durable, memory, resuming
+from fedstrata.server import memory, resuming
 from fedstrata.server.checkpoint import Found
 from fedstrata.server.chronicle import Chronicle
 from fedstrata.server.display import Display

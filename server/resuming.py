@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fedstrata.core import config as configuration
+from fedstrata.core import durable
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
-from fedstrata.server import checkpoint, durable
+from fedstrata.server import checkpoint
 from fedstrata.server.checkpoint import Commit, Found
 from fedstrata.server.results import HOW_FAST
 from fedstrata.server.runfolder import CHECKPOINTS, REPORT, SUMMARY, RunFolder

@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedstrata.core import durable
 from fedstrata.core.config import read_yaml
 from fedstrata.core.errors import BadInput
 from fedstrata.core.metrics import AccuracyMatrix
-from fedstrata.server import durable
 
 CONFIG, EVENTS, MATRIX, SUMMARY, REPORT = "config.yaml", "events.jsonl", "matrix.json", "summary.json", "report.html"
 CHECKPOINTS, LOCK = "checkpoints", "lock"

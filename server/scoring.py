@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message
 
-from fedstrata.core import records
+from fedstrata.core import durable, records
 from fedstrata.core.errors import FedstrataError
 from fedstrata.core.records import Assignment, Binding, ScoreReply, Shard
 from fedstrata.core.scoring import percentages
 from fedstrata.scenarios.stream import Scenario
-from fedstrata.server import durable
 from fedstrata.server.checks import Refused
 from fedstrata.server.gate import Expected, admit, first
 from fedstrata.server.progress import Progress

@@ -22,7 +22,8 @@ from typing import Any
 from rich.console import Console
 
 from fedstrata.client.app import scenario_of
-from fedstrata.server import checkpoint, configure, durable, launch
+from fedstrata.core import durable
+from fedstrata.server import checkpoint, configure, launch
 
 STEPS = ("put", "sync_file", "rename", "sync_folder", "remove")
 POINTS = tuple((step, when, role) for step in STEPS for when in ("before", "after") for role in ("blob", "manifest"))

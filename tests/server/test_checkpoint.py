@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from fedstrata.core import durable
+from fedstrata.core.durable import write_atomic
 from fedstrata.core.errors import BadInput
-from fedstrata.server import checkpoint, durable, manifest
+from fedstrata.server import checkpoint, manifest
 from fedstrata.server.checkpoint import Commit, find, newest, require_newest, stage_start, state_sha256, write
-from fedstrata.server.durable import write_atomic
 from fedstrata.strategies.base import Parts
 
 

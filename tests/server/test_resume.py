@@ -19,9 +19,9 @@ from flwr.app import Message, RecordDict
 from rich.console import Console
 from safetensors.numpy import save
 
-from fedstrata.core import tracking
+from fedstrata.core import durable, tracking
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
-from fedstrata.server import checkpoint, configure, durable, launch
+from fedstrata.server import checkpoint, configure, launch
 from fedstrata.server.arrivals import ArrivingRayGrid
 from fedstrata.server.federation import Federation
 from fedstrata.server.flower_private import become_server
