@@ -20,6 +20,7 @@ from fedstrata.core.adapters import Flat, Layout
 from fedstrata.core.config import StrategyConfig
 from fedstrata.core.identity import Token
 from fedstrata.core.records import Knowledge, TrainReply
+from fedstrata.strategies.facts import Facts
 
 if TYPE_CHECKING:  # the server half needs no torch, and its import takes seconds
     from torch import Tensor
@@ -129,6 +130,7 @@ class LocalHalf:
 class Strategy(FlowerStrategy):
     """One method. Subclasses give `configure_train`, `aggregate_train`, `knowledge`, `save`, `load`, perhaps `meet`."""
 
+    facts: ClassVar[Facts] = Facts()  # for tables and laws; a method of the catalogue declares its own
     config_type: ClassVar[type[StrategyConfig]] = StrategyConfig
     uses_task_identity: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False  # ask participants for identity tokens before training

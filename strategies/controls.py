@@ -15,6 +15,7 @@ from fedstrata.core.records import Knowledge
 from fedstrata.core.seeds import generator
 from fedstrata.strategies.base import Inputs, Participant, Parts, Router, Setup, Weights
 from fedstrata.strategies.disco import Disco
+from fedstrata.strategies.facts import Facts
 
 
 class Oracle(Disco):
@@ -23,6 +24,7 @@ class Oracle(Disco):
     A participant with several tasks at once trains the first one's subspace.
     """
 
+    facts: ClassVar[Facts] = Facts(grows=1, plain={"subspaces": 1}, one_stage=True)
     uses_task_identity: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
 
@@ -86,6 +88,8 @@ class ByTask:
 
 class RandomRoute(Disco):
     """DISCO's training, blind routing."""
+
+    facts: ClassVar[Facts] = Facts(grows=1, plain={"subspaces": 1}, neutral={"tau": -1})
 
     def knowledge(self) -> Knowledge:
         known = super().knowledge()

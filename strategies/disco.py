@@ -24,6 +24,7 @@ from fedstrata.core.privacy import TokenConfig
 from fedstrata.core.records import Knowledge
 from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import Inputs, Participant, Parts, Router, Setup, Strategy, Weights, train_messages
+from fedstrata.strategies.facts import Facts
 
 ACTIVATIONS = ("softmax", "argmax", "cosine", "concat")
 
@@ -80,6 +81,7 @@ class Update:
 class Disco(Strategy):
     """DISCO: subspaces found by identity tokens, trained one at a time, activated per input."""
 
+    facts: ClassVar[Facts] = Facts("2503.12897", "ICCV 2025", grows=1, plain={"subspaces": 1}, neutral={"tau": -1})
     config_type: ClassVar[type[StrategyConfig]] = DiscoConfig
     needs_tokens: ClassVar[bool] = True
     averages: ClassVar[bool] = True

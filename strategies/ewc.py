@@ -22,6 +22,7 @@ from fedstrata.core.adapters import Flat
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import LocalHalf, Parts, Setup, passing
+from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig, FinetuneState
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Anchored(LocalHalf):
 class Ewc(Finetune):
     """FedAvg on one LoRA that is held where earlier stages need it (elastic weight consolidation)."""
 
+    facts: ClassVar[Facts] = Facts("1612.00796", "PNAS 2017", plain={}, neutral={"strength": 0})
     config_type: ClassVar[type[StrategyConfig]] = EwcConfig
     local_half: ClassVar[type[LocalHalf]] = Anchored
     state: EwcState

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.strategies.base import LocalHalf
+from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Proximal(LocalHalf):
 class FedProx(Finetune):
     """FedAvg on one LoRA whose clients stay near the adapter that the round began with."""
 
+    facts: ClassVar[Facts] = Facts("1812.06127", "MLSys 2020", plain={}, neutral={"mu": 0})
     config_type: ClassVar[type[StrategyConfig]] = FedProxConfig
     local_half: ClassVar[type[LocalHalf]] = Proximal
 

@@ -18,6 +18,7 @@ from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.records import Knowledge
 from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import Parts, Setup, Strategy, train_messages
+from fedstrata.strategies.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class FinetuneState:
 class Finetune(Strategy):
     """One global adapter, averaged over the participants of each round."""
 
+    facts: ClassVar[Facts] = Facts("1602.05629", "AISTATS 2017")
     config_type: ClassVar[type[StrategyConfig]] = FinetuneConfig
     averages: ClassVar[bool] = True
 
@@ -90,4 +92,5 @@ class Finetune(Strategy):
 class Joint(Finetune):
     """The upper bound: every participant draws an equal 1/T share of its pooled data of all T tasks."""
 
+    facts: ClassVar[Facts] = Facts()
     pooled: ClassVar[bool] = True

@@ -21,6 +21,7 @@ from fedstrata.core.adapters import Flat, Layout, fresh
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.records import Knowledge
 from fedstrata.strategies.base import LocalHalf, Parts, Setup
+from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune, FinetuneState
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ class Orthogonal(LocalHalf):
 class OLora(Finetune):
     """A new LoRA every stage, orthogonal to the earlier ones, which are frozen; all of them answer."""
 
+    facts: ClassVar[Facts] = Facts(
+        "2310.14152", "EMNLP 2023", grows=1, plain={"subspaces": 1}, neutral={"strength": 0}, one_stage=True
+    )
     config_type: ClassVar[type[StrategyConfig]] = OLoraConfig
     local_half: ClassVar[type[LocalHalf]] = Orthogonal
 

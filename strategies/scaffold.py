@@ -22,6 +22,7 @@ from fedstrata.core.adapters import Flat
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import LocalHalf, Parts, Setup, passing
+from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig, FinetuneState
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Controlled(LocalHalf):
 class Scaffold(Finetune):
     """FedAvg on one LoRA whose clients correct their gradients by control variates."""
 
+    # c is a mean over clients, whatever they hold
+    facts: ClassVar[Facts] = Facts("1910.06378", "ICML 2020", plain={}, neutral={"strength": 0}, splits=False)
     config_type: ClassVar[type[StrategyConfig]] = ScaffoldConfig
     local_half: ClassVar[type[LocalHalf]] = Controlled
     state: ScaffoldState
