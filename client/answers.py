@@ -1,8 +1,8 @@
-"""The last layer where an answer is read from it, and nowhere else.
+"""Where answers are read: the logits there, and the last layer at their positions and nowhere else.
 
-Behind it only the head follows, which runs at answer positions alone. So what works position by position in the last
-layer need not run at the others: the MLP, the queries and the projection of what attention found. Keys and values are
-read from every position. Only for layers that name these parts as Llama's kin do.
+Behind the last layer only the head follows, which runs at answer positions alone. So what works position by position
+in the last layer need not run at the others: the MLP, the queries and the projection of what attention found. Keys and
+values are read from every position. Only for layers that name these parts as Llama's kin do.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,13 @@ from fedstrata.client.model import BaseModel
 
 GATED = {"gate_proj", "up_proj", "down_proj"}  # an MLP that is known to look at one position at a time
 WORTH = 0.75  # of all positions; with more of them gathering and putting back costs what it saves
+
+
+def answer_logits(base: BaseModel, batch: Batch) -> torch.Tensor:
+    """[N, vocabulary] before each answer token; the head runs there alone."""
+    out = base.backbone(inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=False)
+    logits: torch.Tensor = base.head(out.last_hidden_state.flatten(0, 1).index_select(0, batch.places))
+    return logits
 
 
 @contextmanager

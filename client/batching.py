@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedstrata.client.features import features_of
-from fedstrata.client.model import BaseModel
+from fedstrata.client.model import BaseModel, Embedded
 from fedstrata.client.prompts import Prepared
 from fedstrata.core.config import TrainSection
 from fedstrata.core.seeds import generator
@@ -34,6 +34,7 @@ class Batch:
         owner: [N], whose they are: 0 … C − 1.
         weight: [N], 1 / answer tokens of the client's whole step.
         spots: [C, most], each client's places, filled up with its last position, which no answer is read from.
+        rows: [C·size], what it was made of.
         part: of how many equal parts of the step this is one; a penalty that a local half adds belongs into each,
             times `part`, so that it counts once.
     """
@@ -46,6 +47,7 @@ class Batch:
     weight: torch.Tensor
     spots: torch.Tensor
     size: int
+    rows: Sequence[Prepared] = ()
     part: float = 1.0
 
 
@@ -131,7 +133,7 @@ def collate(base: BaseModel, rows: Rows, totals: Sequence[int] = (), part: float
     """
     size, spare = max(map(len, rows)), next(row for mine in rows for row in mine)
     flat = [row for mine in rows for row in (*mine, *[mine[0] if mine else spare] * (size - len(mine)))]
-    embedded = base.embed([row.prompt + row.answer for row in flat], features_of(base.pictures, flat), left=False)
+    embedded = embedded_rows(base, flat)
     wide, totals = embedded.mask.shape[1], totals or supervised(rows)
     places: list[list[int]] = [[] for _ in rows]
     labels: list[int] = []
@@ -146,4 +148,9 @@ def collate(base: BaseModel, rows: Rows, totals: Sequence[int] = (), part: float
     each = [place for mine in places for place in mine]
     numbers = (each, labels, owner, weight, spots)
     at, says, whose, counts, some = (torch.from_numpy(np.array(n)).to(base.device) for n in numbers)
-    return Batch(embedded.embeds, embedded.mask, at, says, whose, counts, some, size, part)
+    return Batch(embedded.embeds, embedded.mask, at, says, whose, counts, some, size, flat, part)
+
+
+def embedded_rows(base: BaseModel, rows: Sequence[Prepared]) -> Embedded:
+    """Questions with their answers, padded on the right."""
+    return base.embed([row.prompt + row.answer for row in rows], features_of(base.pictures, rows), left=False)

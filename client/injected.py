@@ -5,7 +5,7 @@ They stand in the base only while an `Injected` is open; afterwards the same mod
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from fedstrata.client.dropout import Dropout
 from fedstrata.client.lora import Cohort, adapted
 from fedstrata.client.model import BaseModel
-from fedstrata.core.adapters import LORA_A, LORA_B, MAGNITUDE, SCALE, Flat
+from fedstrata.core.adapters import LORA_A, LORA_B, MAGNITUDE, SCALE, Flat, Layout
 from fedstrata.core.peftfolder import peft_config
 
 ADAPTER = "default"  # PEFT's name of a layer's one adapter
@@ -67,6 +67,23 @@ class Injected(Cohort):
         """PEFT's parameters → `flat`."""
         for part, row in zip(self.parts, self.named(self.flat).values(), strict=True):
             row.copy_((part.parameter - part.origin).view_as(row))
+
+    def frozen(self, flat: Flat, layout: Layout) -> "Injected":
+        return replace(self, flat=torch.from_numpy(flat).to(self.flat)[None])
+
+    @contextmanager
+    def instead(self, other: Cohort) -> Iterator[None]:
+        """PEFT's parameters point elsewhere meanwhile: written in place, a backward to come would not find them."""
+        mine, dropout = [parameter.data for parameter in self.parameters], self.dropout
+        for part, row in zip(self.parts, self.named(other.flat).values(), strict=True):
+            part.parameter.data = part.origin.data + row.view_as(part.parameter)
+        self.dropout = None
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, mine, strict=True):
+                parameter.data = data
+            self.dropout = dropout
 
     def enable(self, on: bool) -> None:
         """Off: the adapted layers answer as the base's."""

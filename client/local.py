@@ -7,13 +7,15 @@ A cohort's adapters lie in one buffer [C, size], a client per row. Elementwise m
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from fedstrata.client.answers import answer_logits
+from fedstrata.client.batching import Batch, embedded_rows
 from fedstrata.client.lora import KINDS, Cohort, adapted
 from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
@@ -114,6 +116,19 @@ class LocalContext:
             (f"{name}.{kind}", f) for name, both in bank.factors.items() for kind, f in zip(KINDS, both, strict=True)
         ]
         return dict(pairs)
+
+    def frozen(self, name: str) -> Cohort | None:
+        """An adapter that the strategy sent to all clients alike, for `answers`; None if it sent none of this name."""
+        flat = self.jobs[0].payload.get(name)
+        return None if flat is None else self.cohort.frozen(flat, self.base.layout)
+
+    @torch.no_grad()
+    def answers(self, batch: Batch, adapter: Cohort) -> torch.Tensor:
+        """The logits [N, vocabulary] of a batch where another adapter answers: what `out` is for the clients' own."""
+        with self.cohort.instead(adapter):
+            if batch.embeds.requires_grad:  # the clients' own vision sides are in them
+                batch = replace(batch, embeds=embedded_rows(self.base, batch.rows).embeds)
+            return answer_logits(self.base, batch)
 
     def squares(self, most: int = 0) -> torch.Tensor:
         """E[g²] [C, size] over each client's examples at the present values; see `client.statistics`."""

@@ -100,6 +100,20 @@ class Cohort:
     def _there(self) -> tuple[int, int]:
         return self.window or (0, self.active)
 
+    def frozen(self, flat: Flat, layout: Layout) -> "Cohort":
+        """One adapter with its tail, for `instead`."""
+        return Cohort.of([flat], layout, self.scaling, self.flat.device, self.flat.dtype)
+
+    @contextmanager
+    def instead(self, other: "Cohort") -> Iterator[None]:
+        """While open, every client answers with what `frozen` gave, without dropout; not for a backward."""
+        mine = (self.factors, self.dense, self.dropout)
+        self.factors, self.dense, self.dropout = other.factors, other.dense, None
+        try:
+            yield
+        finally:
+            self.factors, self.dense, self.dropout = mine
+
     @contextmanager
     def only(self, first: int, last: int) -> Iterator[None]:
         """While open, forward passes hold the rows of clients first … last − 1 alone."""

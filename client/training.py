@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fedstrata.client.answers import answers_only
+from fedstrata.client.answers import answer_logits, answers_only
 from fedstrata.client.batching import Batch, Rows, batches, collate, group_size, length, pieces, supervised
 from fedstrata.client.dropout import Dropout
 from fedstrata.client.local import LocalContext
@@ -143,7 +143,8 @@ def _pieces(ctx: LocalContext, half: LocalHalf, rows: Rows, jobs: Sequence[Job])
             cohort.dropout.begin(lengths, [job.seed for job in jobs[: len(rows)]], ctx.step, places)
         batch = collate(base, mine, totals, 1 / len(parts))
         with nullcontext() if cohort.dropout else answers_only(base, batch):  # what is drawn depends on positions
-            piece = half.loss(ctx, batch, None, answer_loss(base, batch, len(rows)))
+            out = answer_logits(base, batch)
+            piece = half.loss(ctx, batch, out, mean_loss(out, batch, len(rows)))
             torch.autograd.backward(piece.sum())
         losses.append(piece.detach())
     return sum(losses[1:], losses[0])
@@ -168,10 +169,12 @@ def _results(
 
 
 def answer_loss(base: BaseModel, batch: Batch, clients: int) -> torch.Tensor:
-    """Each client's mean cross-entropy over its answer tokens, [C]; the head runs at answer positions only."""
-    out = base.backbone(inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=False)
-    hidden = out.last_hidden_state.flatten(0, 1).index_select(0, batch.places)
-    logits = base.head(hidden)
+    """Each client's mean cross-entropy over its answer tokens, [C]."""
+    return mean_loss(answer_logits(base, batch), batch, clients)
+
+
+def mean_loss(logits: torch.Tensor, batch: Batch, clients: int) -> torch.Tensor:
+    """The same of logits [N, vocabulary]."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     nll = F.cross_entropy(logits.to(wide), batch.labels, reduction="none")
     weighted = nll * batch.weight.to(wide)

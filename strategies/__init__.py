@@ -13,6 +13,7 @@ from fedstrata.strategies.ewc import Ewc
 from fedstrata.strategies.fedprox import FedProx
 from fedstrata.strategies.finetune import Finetune, Joint
 from fedstrata.strategies.flower import wrap
+from fedstrata.strategies.lwf import Lwf
 from fedstrata.strategies.olora import OLora
 from fedstrata.strategies.scaffold import Scaffold
 
@@ -22,6 +23,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "fedprox": FedProx,
     "scaffold": Scaffold,
     "ewc": Ewc,
+    "lwf": Lwf,
     "olora": OLora,
     "disco": Disco,
     "oracle": Oracle,

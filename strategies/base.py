@@ -111,6 +111,8 @@ class LocalHalf:
     def loss(self, ctx: Any, batch: Any, out: Any, base_loss: "Tensor") -> "Tensor":
         """The loss [C] to be minimised; the base loss is each client's mean answer-token cross-entropy.
 
+        `out`: the logits [N, vocabulary] before the batch's N answer tokens, whose client is `batch.owner` [N].
+
         With `train.micro_batch` it is asked once per part of a step, and the parts add up: a penalty is added times
         `batch.part`.
         """
