@@ -1,4 +1,4 @@
-"""The command line: `fedstrata run | preview | resume | compare | report | list | export | ask | bench`.
+"""The command line: `fedstrata run | preview | resume | compare | report | list | export | ask | bench | deploy`.
 
 Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback), 75 interrupted and resumable.
 """
@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedstrata.core.errors import BadInput, FedstrataError
+from fedstrata.server.deploying import deploy
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help="Federated continual instruction tuning.")
+cli.add_typer(deploy, name="deploy")
 console = Console()
 
 Words = Annotated[list[str] | None, typer.Argument(help="A recipe (optional), then key=value words.")]

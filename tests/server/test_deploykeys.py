@@ -1,0 +1,85 @@
+"""The keys of a deployment: OpenSSL believes them, Flower reads them, nothing is overwritten by mistake."""
+
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
+
+from fedstrata.core.errors import BadInput
+from fedstrata.server import deploykeys
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    deploykeys.make(tmp_path, 2, ["fed.example.org", "10.0.0.7"])
+    return tmp_path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_openssl_verifies_both_certificates_for_every_name(keys: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+    names = {"server": ["superlink", "localhost", "fed.example.org"], "gate": ["gate", "fed.example.org"]}
+    for party, hosts in names.items():
+        for host in hosts:
+            words = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname", host]
+            files = ["-CAfile", str(keys / party / "ca.crt"), str(keys / party / f"{party}.crt")]
+            assert subprocess.run([*words, *files], capture_output=True, check=False).returncode == 0, (party, host)
+
+
+def test_an_address_is_certified_as_an_address(keys: Path) -> None:
+    certificate = x509.load_pem_x509_certificate((keys / "gate" / "gate.crt").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {str(each) for each in names.get_values_for_type(x509.IPAddress)} == {"127.0.0.1", "10.0.0.7"}
+
+
+def test_every_secret_is_for_its_owner_alone(keys: Path) -> None:
+    secrets = [path for path in keys.rglob("*") if path.suffix in (".key", ".secret")]
+    assert len(secrets) == 6  # ca, server, gate, two nodes, the SuperExec's
+    assert {stat.S_IMODE(path.stat().st_mode) for path in secrets} == {0o600}
+
+
+def test_a_node_key_is_one_that_flower_takes_and_the_server_holds_its_public_half(keys: Path) -> None:
+    private = serialization.load_ssh_private_key((keys / "client-1" / "node.key").read_bytes(), None)
+    public = serialization.load_ssh_public_key((keys / "server" / "nodes" / "client-1.pub").read_bytes())
+    assert uses_nist_ec_curve(public)
+    assert private.public_key() == public
+
+
+def test_nothing_that_is_there_is_made_again(keys: Path) -> None:
+    before = content(keys)
+    assert deploykeys.make(keys, 2) == []
+    assert content(keys) == before
+    assert deploykeys.make(keys, 3) == ["client-2"]
+    assert {name: data for name, data in content(keys).items() if "client-2" not in name} == before
+
+
+def test_rotation_replaces_one_key_and_no_other(keys: Path) -> None:
+    before = content(keys)
+    assert deploykeys.make(keys, 2, rotate="client-0") == ["client-0"]
+    after = content(keys)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"client-0/node.key", "client-0/node.pub", "server/nodes/client-0.pub"}
+
+
+def test_a_lost_authority_is_not_replaced_in_silence(keys: Path) -> None:
+    shutil.rmtree(keys / "ca")
+    before = content(keys)
+    with pytest.raises(BadInput, match=r"ca: ca.key and ca.crt missing, but certificates stand"):
+        deploykeys.make(keys, 2)
+    assert content(keys) == before
+
+
+@pytest.mark.parametrize(("clients", "rotate", "rule"), [(0, "", "--clients"), (1, "client-1", "--rotate")])
+def test_wrong_words_are_told_before_anything_is_written(tmp_path: Path, clients: int, rotate: str, rule: str) -> None:
+    with pytest.raises(BadInput, match=rule):
+        deploykeys.make(tmp_path, clients, rotate=rotate)
+    assert not any(tmp_path.iterdir())
