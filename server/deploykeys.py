@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedstrata.core import durable
 from fedstrata.core.config import require
 from fedstrata.core.errors import BadInput
-from fedstrata.server import durable
 
 LOCAL = ("localhost", "127.0.0.1")
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
