@@ -54,6 +54,11 @@ class StrategyConfig:
         """A method's own `__post_init__` begins with `super().__post_init__()`."""
         require(self.projector in PROJECTORS, "strategy.projector", " or ".join(PROJECTORS), self.projector)
 
+    @property
+    def averages(self) -> bool:
+        """Whether these options leave a method that averages at means weighted by num-examples."""
+        return True
+
 
 @dataclass(frozen=True)
 class ScenarioSection:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fedstrata.core import records
 from fedstrata.core.adapters import Flat
 from fedstrata.core.config import FederationSection, RunConfig, require
 from fedstrata.core.errors import BadInput, FedstrataError
@@ -57,9 +56,8 @@ class Noise:
 def check(config: RunConfig) -> None:
     """Raises `BadInput` for a method whose state is no mean of updates: how far one of them moves it is not known."""
     name, noise = config.strategy.name, config.federation.update_noise
-    weighted = (getattr(config.strategy, "arguments", None) or {}).get("weighted_by_key", records.COUNT)
-    good = noise == 0 or (find(name).averages and weighted == records.COUNT)
-    rule = f"0 with strategy.name={name}, which does not average updates by their num-examples"
+    good = noise == 0 or (find(name).averages and config.strategy.averages)
+    rule = f"0 with strategy.name={name}, which with these options does not average updates by num-examples"
     require(good, "federation.update_noise", rule, noise)
 
 

@@ -7,8 +7,9 @@ its token; the server matches it against the cache (cosine ≥ τ) or opens a su
 subspace alone and uploads only it. At inference every input activates the subspaces by a softmax over cosines / ε.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,15 +23,17 @@ from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.identity import Token, cosines, pooled
 from fedstrata.core.privacy import TokenConfig
 from fedstrata.core.records import Knowledge
-from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import Inputs, Participant, Parts, Router, Setup, Strategy, Weights, train_messages
 from fedstrata.strategies.facts import Facts
+from fedstrata.strategies.merging import MergeConfig, Merging, merge_options
+from fedstrata.strategies.optimizers import Moments, packed, unpacked
 
 ACTIVATIONS = ("softmax", "argmax", "cosine", "concat")
+FEDAVG = MergeConfig()
 
 
 @dataclass(frozen=True)
-class DiscoConfig(TokenConfig):
+class DiscoConfig(MergeConfig, TokenConfig):
     """Options of DISCO. τ, ε and the text encoder are one unit: null takes the encoder's own."""
 
     tau: float | None = None  # cosine from which a token joins a subspace; higher opens more subspaces
@@ -52,6 +55,7 @@ class Subspace:
 
     adapter: Flat
     token: Token
+    moments: Moments | None = None  # the server optimiser's of this subspace, if there is one
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class DiscoState:
 
     subspaces: tuple[Subspace, ...] = ()
     shared: Flat = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)  # the layout's tail, for all
+    shared_moments: Moments | None = None
 
     def tokens(self) -> npt.NDArray[np.float32]:
         """[K, D]; [0, 0] while the cache is empty."""
@@ -124,7 +129,7 @@ class Disco(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         trained: set[int] = set()
         known = len(self.state.subspaces)
-        self.state = organise(self.state, self._updates(replies, trained))
+        self.state = organise(self.state, self._updates(replies, trained), merge_options(self.options), self._start)
         filled = sorted(j for j in trained if j >= known)
         number = {**{j: j for j in range(known)}, **{j: known + i for i, j in enumerate(filled)}}
         self._placement = {p: number[j] for p, j in self._placement.items() if j in number}
@@ -161,8 +166,9 @@ class Disco(Strategy):
         for index, subspace in enumerate(self.state.subspaces):
             tensors[f"subspace.{index}.adapter"] = subspace.adapter
             tensors[f"subspace.{index}.token"] = subspace.token.value
+            tensors |= packed(subspace.moments, f"subspace.{index}.")
         if self.state.shared.size:
-            tensors["shared"] = self.state.shared
+            tensors |= {"shared": self.state.shared, **packed(self.state.shared_moments, "shared.")}
         counts = [subspace.token.count for subspace in self.state.subspaces]
         return Parts(tensors, {"counts": counts, "tau": self.tau, "epsilon": self.epsilon})
 
@@ -171,8 +177,10 @@ class Disco(Strategy):
         subspaces = []
         for index, count in enumerate(parts.facts["counts"]):
             adapter, token = (parts.tensors[f"subspace.{index}.{kind}"] for kind in ("adapter", "token"))
-            subspaces.append(Subspace(adapter, Token(token, count)))
-        self.state = DiscoState(tuple(subspaces), parts.tensors.get("shared", self.state.shared))
+            moments = unpacked(parts.tensors, f"subspace.{index}.")
+            subspaces.append(Subspace(adapter, Token(token, count), moments))
+        shared = parts.tensors.get("shared", self.state.shared)
+        self.state = DiscoState(tuple(subspaces), shared, unpacked(parts.tensors, "shared."))
 
 
 @dataclass(frozen=True)
@@ -232,31 +240,42 @@ def place(tokens: Sequence[Token], cache: npt.NDArray[np.float32], tau: float, m
     return found
 
 
-def organise(state: DiscoState, updates: Iterable[Update]) -> DiscoState:
-    """Per subspace the mean of its updates weighted by n_k; μ_j ← (N_j μ_j + Σ n_k μ_k) / (N_j + Σ n_k).
+def organise(
+    state: DiscoState,
+    updates: Iterable[Update],
+    options: MergeConfig = FEDAVG,
+    start: Callable[[int], Flat] | None = None,
+) -> DiscoState:
+    """Per subspace the merge of its updates, n_k their weights; μ_j ← (N_j μ_j + Σ n_k μ_k) / (N_j + Σ n_k).
 
-    One pass over the updates, none of which is held. The tail is the mean over all of them, whatever their subspace:
+    One pass over the updates; a mean holds none of them. The tail is merged from all of them, whatever their subspace:
     FCIT's published projector is FedAvg's alone. Subspaces without an update keep their bits; new ones are appended in
     the order of their indices, and one that nobody filled leaves no gap.
+
+    start: the adapter that a subspace's clients were sent; needed for new ones, unless the mean is their adapter.
     """
-    means: dict[int, RunningMean] = {}
+    known = state.subspaces
+    start = start or (lambda index: known[index].adapter)
+    merges: dict[int, Merging] = {}
     tokens: dict[int, list[Token]] = {}
-    shared, subspaces = RunningMean(), list(state.subspaces)
+    shared = Merging(options, lambda: state.shared, state.shared_moments)
     for update in updates:
-        weight = update.token.count if update.weight is None else update.weight
-        means.setdefault(update.subspace, RunningMean()).add(update.adapter, weight)
-        tokens.setdefault(update.subspace, []).append(update.token)
+        weight, index = update.token.count if update.weight is None else update.weight, update.subspace
+        if index not in merges:
+            moments = known[index].moments if index < len(known) else None
+            merges[index] = Merging(options, partial(start, index), moments)
+        merges[index].add(update.adapter, weight)
+        tokens.setdefault(index, []).append(update.token)
         if state.shared.size:
             shared.add(update.shared, weight)
         del update  # before the next one is loaded
-    for index in sorted(means):
-        adapter, mine = means[index].value(), tokens[index]
-        if index < len(state.subspaces):
-            old = state.subspaces[index]
-            subspaces[index] = replace(old, adapter=adapter, token=pooled([old.token, *mine]))
-        else:
-            subspaces.append(Subspace(adapter, pooled(mine)))
-    return DiscoState(tuple(subspaces), shared.value() if shared.weight else state.shared)
+    subspaces = list(known)
+    for index in sorted(merges):
+        adapter, moments = merges[index].result()
+        before = [known[index].token] if index < len(known) else []
+        subspaces[index : index + 1] = [Subspace(adapter, pooled([*before, *tokens[index]]), moments)]
+    tail = shared.result() if shared.weight else (state.shared, state.shared_moments)
+    return DiscoState(tuple(subspaces), *tail)
 
 
 def activate(

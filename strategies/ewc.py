@@ -24,6 +24,7 @@ from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import LocalHalf, Parts, Setup, passing
 from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig, FinetuneState
+from fedstrata.strategies.optimizers import unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,10 +119,12 @@ class Ewc(Finetune):
         return result
 
     def save(self) -> Parts:
-        return Parts(vars(self.state))
+        held = {IMPORTANCE: self.state.importance, ANCHOR: self.state.anchor}
+        return Parts({**super().save().tensors, **held})
 
     def load(self, parts: Parts) -> None:
-        self.state = EwcState(**parts.tensors)
+        adapter, importance, anchor = (parts.tensors[name] for name in ("adapter", IMPORTANCE, ANCHOR))
+        self.state = EwcState(adapter, importance, anchor, moments=unpacked(parts.tensors))
 
 
 def quadratic(values: "Tensor", anchor: "Tensor", importance: "Tensor", strength: float) -> "Tensor":

@@ -6,7 +6,7 @@ bound. Both have rank K·r, the size of DISCO's K subspaces. Uses task identity:
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -16,13 +16,14 @@ from fedstrata.core import records
 from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.records import Knowledge
-from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import Parts, Setup, Strategy, train_messages
 from fedstrata.strategies.facts import Facts
+from fedstrata.strategies.merging import MergeConfig, Merging, merge_options
+from fedstrata.strategies.optimizers import Moments, packed, unpacked
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(StrategyConfig):
+class FinetuneConfig(MergeConfig):
     """Options of finetune and joint."""
 
     name: str = "finetune"
@@ -36,13 +37,14 @@ class FinetuneConfig(StrategyConfig):
 
 @dataclass(frozen=True)
 class FinetuneState:
-    """The one global adapter, with the layout's tail where it has one."""
+    """The one global adapter, with the layout's tail where it has one, and its moments where it has an optimiser."""
 
     adapter: Flat
+    moments: Moments | None = field(default=None, kw_only=True)
 
 
 class Finetune(Strategy):
-    """One global adapter, averaged over the participants of each round."""
+    """One global adapter, merged from the participants' of each round."""
 
     facts: ClassVar[Facts] = Facts("1602.05629", "AISTATS 2017")
     config_type: ClassVar[type[StrategyConfig]] = FinetuneConfig
@@ -68,14 +70,16 @@ class Finetune(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The mean becomes the state, in one pass; Flower's record of it would be a copy that nobody reads."""
-        mean = RunningMean()
+        """The merge becomes the state, in one pass; Flower's record of it would be a copy that nobody reads."""
+        old = self.state
+        merging = Merging(merge_options(self.options), lambda: old.adapter, old.moments)
         for message in replies:
             reply = records.read_train_reply(message)
-            mean.add(reply.flat, reply.count)
+            merging.add(reply.flat, reply.count)
             del message, reply  # before the next one is loaded
-        if mean.weight:
-            self.state = replace(self.state, adapter=mean.value())
+        if merging.weight:
+            adapter, moments = merging.result()
+            self.state = replace(old, adapter=adapter, moments=moments)
         return None, None
 
     def knowledge(self) -> Knowledge:
@@ -83,10 +87,10 @@ class Finetune(Strategy):
         return Knowledge((adapter,), shared=shared)
 
     def save(self) -> Parts:
-        return Parts({"adapter": self.state.adapter})
+        return Parts({"adapter": self.state.adapter, **packed(self.state.moments)})
 
     def load(self, parts: Parts) -> None:
-        self.state = FinetuneState(parts.tensors["adapter"])
+        self.state = FinetuneState(parts.tensors["adapter"], moments=unpacked(parts.tensors))
 
 
 class Joint(Finetune):

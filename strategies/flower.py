@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedPro
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedstrata.core import records
-from fedstrata.core.config import StrategyConfig
+from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.errors import BadInput
 from fedstrata.core.packing import owned
 from fedstrata.core.seeds import derive
@@ -31,6 +31,16 @@ class StockConfig(FinetuneConfig):
     """Options of a stock Flower strategy: its own constructor arguments go into `arguments`."""
 
     arguments: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.merge == "mean", "strategy.merge", "mean: a Flower strategy merges by itself", self.merge)
+        good = self.server_optimizer == "none"
+        require(good, "strategy.server_optimizer", "none: a Flower strategy has its own", self.server_optimizer)
+
+    @property
+    def averages(self) -> bool:
+        return super().averages and (self.arguments or {}).get("weighted_by_key", records.COUNT) == records.COUNT
 
 
 class Stock(Finetune):

@@ -23,6 +23,8 @@ from fedstrata.core.records import Knowledge
 from fedstrata.strategies.base import LocalHalf, Parts, Setup
 from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune, FinetuneState
+from fedstrata.strategies.merging import MergeConfig
+from fedstrata.strategies.optimizers import unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +33,7 @@ PAST = "past"
 
 
 @dataclass(frozen=True)
-class OLoraConfig(StrategyConfig):
+class OLoraConfig(MergeConfig):
     """Options of O-LoRA."""
 
     name: str = "olora"
@@ -128,11 +130,12 @@ class OLora(Finetune):
 
     def save(self) -> Parts:
         facts = {"stage": self.state.stage, "trained": self.state.trained}
-        return Parts({"adapter": self.state.adapter, PAST: self.state.past}, facts)
+        return Parts({**super().save().tensors, PAST: self.state.past}, facts)
 
     def load(self, parts: Parts) -> None:
         stage, trained = int(parts.facts["stage"]), bool(parts.facts["trained"])
-        self.state = OLoraState(parts.tensors["adapter"], stage, trained, parts.tensors[PAST])
+        adapter, past, moments = parts.tensors["adapter"], parts.tensors[PAST], unpacked(parts.tensors)
+        self.state = OLoraState(adapter, stage, trained, past, moments=moments)
 
 
 def overlap(old: "Mapping[str, Tensor]", new: "Mapping[str, Tensor]") -> "Tensor":

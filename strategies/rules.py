@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
 Rule = Callable[[Matrix, Matrix, int], Matrix]
-STEPS, SMOOTH = 100, 1e-6  # Weiszfeld's iterations and the distance below which two points count as one
+STEPS, SMOOTH = 100, 1e-6  # Weiszfeld's iterations and the distance, in median norms, below which two points are one
 
 
 def mean(updates: Matrix, counts: Matrix, suspects: int = 0) -> Matrix:
@@ -47,9 +47,12 @@ def multikrum(updates: Matrix, counts: Matrix, suspects: int) -> Matrix:
 
 
 def geomedian(updates: Matrix, counts: Matrix, suspects: int = 0) -> Matrix:
-    """The weighted geometric median by smoothed Weiszfeld steps (Pillutla et al. 2019, arXiv 1912.13445)."""
-    point = mean(updates, counts)
-    floor = SMOOTH * float(np.sqrt((updates**2).sum(axis=1)).max())
+    """The weighted geometric median by smoothed Weiszfeld steps (Pillutla et al. 2019, arXiv 1912.13445).
+
+    Where they begin and how finely they end does not depend on the longest updates: one hostile one would decide it.
+    """
+    point = median(updates, counts)
+    floor = SMOOTH * float(np.median(np.sqrt((updates**2).sum(axis=1))))
     for _ in range(STEPS):
         far = np.sqrt(((updates - point) ** 2).sum(axis=1))
         moved = mean(updates, counts / np.maximum(far, max(floor, np.finfo(np.float64).tiny)))

@@ -24,6 +24,7 @@ from fedstrata.core.streaming import RunningMean
 from fedstrata.strategies.base import LocalHalf, Parts, Setup, passing
 from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig, FinetuneState
+from fedstrata.strategies.optimizers import unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,10 +104,11 @@ class Scaffold(Finetune):
         return result
 
     def save(self) -> Parts:
-        return Parts({"adapter": self.state.adapter, CONTROL: self.state.control})
+        return Parts({**super().save().tensors, CONTROL: self.state.control})
 
     def load(self, parts: Parts) -> None:
-        self.state = ScaffoldState(parts.tensors["adapter"], parts.tensors[CONTROL])
+        adapter, control = parts.tensors["adapter"], parts.tensors[CONTROL]
+        self.state = ScaffoldState(adapter, control, moments=unpacked(parts.tensors))
 
 
 def controlled(control: Flat, mean: Flat, share: float) -> Flat:

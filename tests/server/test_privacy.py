@@ -314,6 +314,8 @@ def test_a_deployed_server_draws_from_a_secret_that_is_committed() -> None:
         ("flwr.serverapp.strategy:FedMedian", []),
         ("flwr.serverapp.strategy:MultiKrum", []),
         ("flwr.serverapp.strategy:FedAvg", ["strategy.arguments={weighted_by_key: loss}"]),
+        ("finetune", ["strategy.merge=median"]),
+        ("disco", ["strategy.server_optimizer=fedadam"]),
     ],
 )
 def test_noise_is_refused_where_it_would_not_be_a_means(name: str, more: list[str]) -> None:
