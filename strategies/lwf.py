@@ -18,6 +18,7 @@ from fedstrata.core.adapters import Flat
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.strategies.base import LocalHalf, Parts, Setup
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig, FinetuneState
+from fedstrata.strategies.optimizers import unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,10 +84,11 @@ class Lwf(Finetune):
         return 0, self.state.adapter.size if stage > 1 and self.options.strength else 0
 
     def save(self) -> Parts:
-        return Parts(vars(self.state))
+        return Parts({**super().save().tensors, TEACHER: self.state.teacher})
 
     def load(self, parts: Parts) -> None:
-        self.state = LwfState(**parts.tensors)
+        adapter, teacher = parts.tensors["adapter"], parts.tensors[TEACHER]
+        self.state = LwfState(adapter, teacher, moments=unpacked(parts.tensors))
 
 
 def distance(old: "Tensor", new: "Tensor", temperature: float) -> "Tensor":

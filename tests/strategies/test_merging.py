@@ -19,7 +19,7 @@ from fedstrata.strategies.merging import MergeConfig, Merging
 from fedstrata.strategies.optimizers import OPTIMIZERS
 from fedstrata.strategies.rules import RULES
 
-AVERAGING = ["finetune", "joint", "fedprox", "scaffold", "ewc", "olora", "disco", "oracle", "random-route"]
+AVERAGING = ["finetune", "joint", "fedprox", "scaffold", "ewc", "lwf", "olora", "disco", "oracle", "random-route"]
 START = np.array([1, 1, 1], dtype=np.float32)
 
 
