@@ -33,6 +33,7 @@ from fedstrata.core.records import Assignment, Description, TrainReply, TrainTas
 from fedstrata.core.seeds import derive, generator
 from fedstrata.scenarios.stream import Example, Pixels, Scenario
 from fedstrata.strategies import find
+from fedstrata.strategies.base import Offer, Row
 
 
 class CohortApp(ClientApp):
@@ -72,24 +73,22 @@ def train_cohort(messages: Sequence[Message], contexts: Sequence[Context]) -> li
     """Trains every message's adapter on its client's share; what a client remembers lies in its context."""
     tasks = [records.train_task(message) for message in messages]
     config, base, scenario = world(tasks[0].assignment)
-    jobs = [
-        Job(
-            share(scenario, config, task.assignment),
-            task.flat,
-            _seed(config, task.assignment, "batches"),
-            task.options,
-            payload,
-            remembered(context),
-        )
-        for task, payload, context in zip(tasks, records.payloads(messages), contexts, strict=True)
-    ]
-    half = find(config.strategy.name).local_half(config.strategy)
+    method, shares, jobs = find(config.strategy.name), list[list[Row]](), list[Job]()
+    for task, payload, context in zip(tasks, records.payloads(messages), contexts, strict=True):
+        at, before = task.assignment, remembered(context)
+        shares.append(rows := share_rows(scenario, config, at))
+        own = derive(config.seed, "select", at.binding.partition)
+        offer = Offer(rows, before, own, _seed(config, at, "select"))
+        chosen, more = method.selector(config.strategy).select(offer)
+        seed = _seed(config, at, "batches")
+        jobs.append(Job(scenario.read(chosen), task.flat, seed, task.options, payload, {**before, **more}))
+    half = method.local_half(config.strategy)
     scaling = config.lora.scaling
     done, size = train_within(base, jobs, config.train, scaling, half, dropout=config.lora.dropout)
     told = {"peak": peak(base.device)} | ({"cohort": size} if size < len(jobs) else {})
     replies = []
-    for message, context, task, job, trained in zip(messages, contexts, tasks, jobs, done, strict=True):
-        cost = (len(job.examples), trained.loss, trained.steps, trained.seconds)
+    for message, context, task, rows, job, trained in zip(messages, contexts, tasks, shares, jobs, done, strict=True):
+        cost = (len(rows), trained.loss, trained.steps, trained.seconds)
         reply = TrainReply(task.assignment.binding, trained.flat, *cost, told, trained.extra)
         parts, memory = encoded(config.federation.upload, task, trained.flat, {**job.memory, **trained.memory})
         replies.append(records.train_reply(reply, message, parts))
@@ -189,7 +188,12 @@ def scenario_of(text: str) -> Scenario:
 
 
 def share(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Example]:
-    """The examples of this client-round: the client's share of its tasks, or the part-th of `parts` draws from it.
+    """The examples of `share_rows`."""
+    return scenario.read(share_rows(scenario, config, at))
+
+
+def share_rows(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Row]:
+    """[(task, row)] of this client-round: the client's share of its tasks, or the part-th of `parts` draws from it.
 
     Draws are without replacement until the pool is exhausted, then a new order begins (joint training). A pool
     smaller than `parts` gives one example at a time.
@@ -199,13 +203,13 @@ def share(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Example
     if not pool:
         raise BadInput(f"client {at.binding.partition}: has no examples of tasks {list(at.tasks)}")
     if at.parts == 1:
-        return scenario.read(pool)
+        return pool
     size = max(1, len(pool) // at.parts)
     draws = len(pool) // size
     cycle, part = divmod(at.part, draws)
     order = generator(config.seed, "pool", at.binding.partition, cycle).permutation(len(pool))
     last = len(pool) if part == draws - 1 else (part + 1) * size
-    return scenario.read(pool[row] for row in order[part * size : last])
+    return [pool[row] for row in order[part * size : last]]
 
 
 def encoded(

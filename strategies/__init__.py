@@ -15,6 +15,7 @@ from fedstrata.strategies.finetune import Finetune, Joint
 from fedstrata.strategies.flower import wrap
 from fedstrata.strategies.lwf import Lwf
 from fedstrata.strategies.olora import OLora
+from fedstrata.strategies.replay import Replay
 from fedstrata.strategies.scaffold import Scaffold
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
@@ -25,6 +26,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "ewc": Ewc,
     "lwf": Lwf,
     "olora": OLora,
+    "replay": Replay,
     "disco": Disco,
     "oracle": Oracle,
     "random-route": RandomRoute,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the server half needs no torch, and its import takes second
     from torch import Tensor
 
 Weights = npt.NDArray[np.float32]
+Row = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,39 @@ class LocalHalf:
         return {}
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What a client could train in a round: rows name its examples as (task, row of the task's training data).
+
+    Attributes:
+        rows: its present share.
+        memory: what it remembers, {name: array}.
+        seed: the client's own, the same in every round.
+        draw: the client's in this round.
+    """
+
+    rows: Sequence[Row]
+    memory: Mapping[str, npt.NDArray[Any]]
+    seed: int
+    draw: int
+
+
+class Selector:
+    """Which examples a client trains in a round. The plain one takes its present share.
+
+    It runs on the client. What it wants to know again it remembers by rows, so that no example is kept anywhere else.
+    A client's weight in a mean is the size of its present share, whatever is selected.
+    """
+
+    def __init__(self, options: Any = None) -> None:
+        """options: the strategy's own, `strategy.<option>`."""
+        self.options = options
+
+    def select(self, offer: Offer) -> tuple[Sequence[Row], Mapping[str, npt.NDArray[Any]]]:
+        """The rows to be trained, and what the client remembers beside what it remembered before."""
+        return offer.rows, {}
+
+
 class Strategy(FlowerStrategy):
     """One method. Subclasses give `configure_train`, `aggregate_train`, `knowledge`, `save`, `load`, perhaps `meet`."""
 
@@ -139,6 +173,7 @@ class Strategy(FlowerStrategy):
     pooled: ClassVar[bool] = False  # participants draw from all tasks at once (the upper bound)
     averages: ClassVar[bool] = False  # of the updates, only means weighted by num-examples enter the state
     local_half: ClassVar[type[LocalHalf]] = LocalHalf
+    selector: ClassVar[type[Selector]] = Selector
 
     def __init__(self, options: Any, setup: Setup) -> None:
         self.options = options

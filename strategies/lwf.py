@@ -17,6 +17,7 @@ import numpy as np
 from fedstrata.core.adapters import Flat
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.strategies.base import LocalHalf, Parts, Setup
+from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig, FinetuneState
 from fedstrata.strategies.optimizers import unpacked
 
@@ -66,6 +67,7 @@ class Distilled(LocalHalf):
 class Lwf(Finetune):
     """FedAvg on one LoRA that is taught by the one of the last stage (learning without forgetting)."""
 
+    facts: ClassVar[Facts] = Facts("1606.09282", "ECCV 2016", plain={}, neutral={"strength": 0})
     config_type: ClassVar[type[StrategyConfig]] = LwfConfig
     local_half: ClassVar[type[LocalHalf]] = Distilled
     state: LwfState

@@ -33,7 +33,19 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "strangers_package.strangers_module"
 
 
-METHODS = ["finetune", "joint", "fedprox", "scaffold", "ewc", "lwf", "olora", "disco", "oracle", "random-route"]
+METHODS = [
+    "finetune",
+    "joint",
+    "fedprox",
+    "scaffold",
+    "ewc",
+    "lwf",
+    "olora",
+    "replay",
+    "disco",
+    "oracle",
+    "random-route",
+]
 
 
 @pytest.mark.parametrize("name", METHODS)
