@@ -10,18 +10,28 @@ from fedstrata.strategies.base import Strategy
 from fedstrata.strategies.controls import Oracle, RandomRoute
 from fedstrata.strategies.disco import Disco
 from fedstrata.strategies.ewc import Ewc
+from fedstrata.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedstrata.strategies.fedprox import FedProx
 from fedstrata.strategies.finetune import Finetune, Joint
 from fedstrata.strategies.flower import wrap
 from fedstrata.strategies.lwf import Lwf
 from fedstrata.strategies.olora import OLora
 from fedstrata.strategies.replay import Replay
+from fedstrata.strategies.robust import FedMedian, FedTrimmed, Geomedian, MultiKrum
 from fedstrata.strategies.scaffold import Scaffold
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     "finetune": Finetune,
     "joint": Joint,
     "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "fedadagrad": FedAdagrad,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "fedmedian": FedMedian,
+    "fedtrimmed": FedTrimmed,
+    "multikrum": MultiKrum,
+    "geomedian": Geomedian,
     "scaffold": Scaffold,
     "ewc": Ewc,
     "lwf": Lwf,

@@ -49,17 +49,21 @@ def multikrum(updates: Matrix, counts: Matrix, suspects: int) -> Matrix:
 def geomedian(updates: Matrix, counts: Matrix, suspects: int = 0) -> Matrix:
     """The weighted geometric median by smoothed Weiszfeld steps (Pillutla et al. 2019, arXiv 1912.13445).
 
-    Where they begin and how finely they end does not depend on the longest updates: one hostile one would decide it.
+    It is a mean with weights that are sought, so the steps need only the products of the updates, [N, N]. How finely
+    they end is a matter of the median norm: a hostile update may be as long as it likes.
     """
-    point = median(updates, counts)
-    floor = SMOOTH * float(np.median(np.sqrt((updates**2).sum(axis=1))))
+    around = updates - median(updates, counts)  # else honest distances drown beside a hostile one's square
+    gram, share = around @ around.T, counts / counts.sum()
+    floor = max(SMOOTH * float(np.median(np.sqrt((updates**2).sum(axis=1)))), 1e-30)
     for _ in range(STEPS):
-        far = np.sqrt(((updates - point) ** 2).sum(axis=1))
-        moved = mean(updates, counts / np.maximum(far, max(floor, np.finfo(np.float64).tiny)))
-        if np.linalg.norm(moved - point) <= floor:
-            return moved
-        point = moved
-    return point
+        reach = gram @ share
+        far = np.sqrt(np.maximum(np.diag(gram) - 2 * reach + share @ reach, 0.0))
+        raised = counts / np.maximum(far, floor)
+        moved = raised / raised.sum() - share
+        share = share + moved
+        if moved @ gram @ moved <= floor**2:
+            break
+    return np.asarray(share @ updates)
 
 
 RULES: Mapping[str, Rule] = {

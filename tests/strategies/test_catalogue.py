@@ -46,6 +46,7 @@ METHODS = [
     "oracle",
     "random-route",
 ]
+METHODS += ["fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedmedian", "fedtrimmed", "multikrum", "geomedian"]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -188,3 +188,36 @@ def test_a_flower_strategy_refuses_ours() -> None:
         StockConfig(merge="median")
     with pytest.raises(BadInput, match=r"strategy\.server_optimizer: must be none: a Flower strategy has its own"):
         StockConfig(server_optimizer="fedadam")
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "fedadagrad", "fedadam", "fedyogi"])
+def test_a_named_optimizer_is_finetune_with_it(setup: Setup, train_reply: Any, name: str) -> None:
+    _same(setup, train_reply, name, server_optimizer=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "merge"),
+    [("fedmedian", "median"), ("fedtrimmed", "trimmed"), ("multikrum", "multikrum"), ("geomedian", "geomedian")],
+)
+def test_a_named_rule_is_finetune_with_it(setup: Setup, train_reply: Any, name: str, merge: str) -> None:
+    _same(setup, train_reply, name, merge=merge)
+
+
+def _same(setup: Setup, train_reply: Any, name: str, **options: Any) -> None:
+    named, plain, other = made(name, setup), made("finetune", setup, **options), made("finetune", setup)
+    for strategy in (named, plain, other):
+        strategy.meet([client(k, 0) for k in range(5)])
+        draw = np.random.default_rng(0)
+        strategy.aggregate_train(1, [train_reply(k, draw.normal(size=3), k + 1) for k in range(5)])
+    found, expected, mean = (strategy.knowledge().adapters[0].tobytes() for strategy in (named, plain, other))
+    assert found == expected != mean
+
+
+def test_flowers_own_median_is_ours(setup: Setup, train_reply: Any) -> None:
+    """Flower's spelling beside ours: `flwr.serverapp.strategy:FedMedian`."""
+    ours, theirs = made("fedmedian", setup), made("flwr.serverapp.strategy:FedMedian", setup)
+    for strategy in (ours, theirs):
+        strategy.meet([client(k, 0) for k in range(3)])
+        strategy.aggregate_train(1, [train_reply(k, [k**2, 2 - k, 0.5], k + 1) for k in range(3)])
+    for strategy in (ours, theirs):
+        assert strategy.knowledge().adapters[0] == pytest.approx([1, 1, 0.5])

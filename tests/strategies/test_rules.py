@@ -70,3 +70,12 @@ def test_krum_leaves_out_who_is_far_from_the_others() -> None:
     far = rules._distances(rows)
     assert far == pytest.approx(((rows[:, None] - rows[None]) ** 2).sum(axis=2), rel=1e-6, abs=1e-9)
     assert rules.multikrum(rows, np.ones(10), 2) == pytest.approx(rows[:8].mean(axis=0), abs=1e-9)
+
+
+@pytest.mark.parametrize("length", [1e3, 1e6, 1e9])
+def test_the_geometric_median_is_as_fine_beside_a_long_update(length: float) -> None:
+    """Three honest points and one far away: it stays within the honest ones, however far that is."""
+    rows = np.array([[0.01, 0.0], [0.0, 0.01], [0.0, 0.0], [-length, -length]])
+    found = rules.geomedian(rows, np.ones(4))
+    assert np.abs(found).max() < 0.01
+    assert rules.geomedian(np.zeros((3, 2)), np.ones(3)).tolist() == [0, 0]
