@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -10,6 +11,7 @@ from rich.console import Console
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput, FedstrataError
 from fedstrata.server import configure, launch
+from fedstrata.server.runfolder import CONFIG
 
 app = ServerApp()
 WAIT = 120.0  # seconds for the nodes to register
@@ -17,10 +19,17 @@ WAIT = 120.0  # seconds for the nodes to register
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run config: `recipe` and `overrides` (key=value words, quoted as in a shell), as for `fedstrata run`."""
+    """Run config: `recipe` and `overrides` (key=value words, quoted as in a shell), as for `fedstrata run`; `resume`.
+
+    resume: goes on with the run that `run.dir` holds, if it holds one: Flower cannot restart a run, we can.
+    """
     config = _config(str(context.run_config.get("recipe", "")), str(context.run_config.get("overrides", "")))
     _await_nodes(grid, config.federation.clients)
-    folder = launch.run(config, Console(), grid)
+    folder = Path(config.run.dir)
+    if context.run_config.get("resume", False) and config.run.dir and (folder / CONFIG).is_file():
+        launch.resume(folder, Console(), grid)
+    else:
+        folder = launch.run(config, Console(), grid)
     print(f"run folder: {folder.resolve()}")
 
 

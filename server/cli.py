@@ -36,12 +36,12 @@ def run(
     """Run a federation; without words: the embedded default (fcit-mini, homogeneous, DISCO)."""
     from fedstrata.server import configure, launch, plan
 
-    recipe, overrides = _split(words or [])
+    recipe, overrides = split(words or [])
     config = configure.resolve(recipe, overrides)
     if dry_run:
         plan.show(config, console)
         return
-    _show(launch.run(config, console), json_)
+    show(launch.run(config, console), json_)
 
 
 @cli.command()
@@ -58,7 +58,7 @@ def preview(
     from fedstrata.server import configure, previewpage
     from fedstrata.server.preview import preview as look
 
-    told, scenario = look(configure.resolve(*_split(words or [])))
+    told, scenario = look(configure.resolve(*split(words or [])))
     previewpage.show(told, console)
     for path, write in ((html, previewpage.save_html), (png, previewpage.save_png)):
         if path:
@@ -82,10 +82,10 @@ def resume(
     """Go on with a run that was stopped, from its last committed round."""
     from fedstrata.server import launch
 
-    _show(launch.resume(run_dir, console, words=words or (), from_stage=from_stage), json_)
+    show(launch.resume(run_dir, console, words=words or (), from_stage=from_stage), json_)
 
 
-def _show(folder: Path, json_: Path | None) -> None:
+def show(folder: Path, json_: Path | None) -> None:
     """The table at the end of a run; as JSON: its summary."""
     from fedstrata.server.report import matrix_table, summary_lines
     from fedstrata.server.runfolder import RunFolder
@@ -183,7 +183,7 @@ def _write(path: Path | None, result: object) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _split(words: list[str]) -> tuple[str, list[str]]:
+def split(words: list[str]) -> tuple[str, list[str]]:
     """A first word without `=` is the recipe."""
     if words and "=" not in words[0]:
         return words[0], words[1:]

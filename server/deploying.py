@@ -1,5 +1,6 @@
 """`fedstrata deploy …`: the commands of a deployment; what they do is in `server/deploy*.py` and `client/`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,8 @@ from rich.console import Console
 
 deploy = typer.Typer(no_args_is_help=True, help="A deployment: real clients that keep their own data (docs/deploy.md).")
 console = Console()
+
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and node keys; on one host, for tests.")]
 
 
 @deploy.command()
@@ -24,3 +27,17 @@ def keys(
 
     made = deploykeys.make(to, clients, host or (), rotate)
     console.print(f"{to}: made {', '.join(made)}" if made else f"{to}: all there, nothing made", highlight=False)
+
+
+@deploy.command()
+def run(
+    words: Annotated[list[str] | None, typer.Argument(help="As for `fedstrata run`; run.dir is needed.")] = None,
+    attempts: Annotated[int, typer.Option(help="How many Flower runs may be needed.")] = 3,
+    insecure: Insecure = False,
+) -> None:
+    """Submit a run to the SuperLink, watch it, and go on with a new one from the last commit when it dies."""
+    from fedstrata.server import cli, deployflower, deployrun
+
+    recipe, overrides = cli.split(words or [])
+    place = deployflower.place_of(os.environ, insecure)
+    cli.show(deployrun.supervise(place, recipe, overrides, attempts, console), None)

@@ -1,0 +1,202 @@
+"""The supervisor of a deployment's runs, against a Flower command line that answers from a script."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedstrata.core import flowerapp
+from fedstrata.core.errors import BadInput, FedstrataError
+from fedstrata.server import deployflower, deploykeys, deploynodes, deployrun
+from fedstrata.server.deployflower import Flower, Place
+
+WORDS = ["strategy.name=finetune"]
+
+
+class Script:
+    """Answers `flwr …`: `ends` are the statuses with which the runs end, one after the other."""
+
+    def __init__(self, ends: list[str], folder: Path) -> None:
+        self.ends, self.folder = ends, folder
+        self.asked: list[list[str]] = []
+        self.runs: list[dict[str, Any]] = []
+        self.nodes: dict[str, str] = {}
+        self.away = 0  # answers that fail from here on
+
+    def __call__(self, words: list[str], home: Path) -> dict[str, Any]:
+        self.asked.append(list(words))
+        if self.away:
+            self.away -= 1
+            return {"success": False, "error-message": "Connection to the SuperLink is unavailable."}
+        return {"success": True, **getattr(self, "_" + "_".join(word for word in words[:2] if word.isalpha()))(words)}
+
+    def _ls(self, words: list[str]) -> dict[str, Any]:
+        told = json.loads(json.dumps(self.runs))
+        for run in self.runs:  # looked at once while it goes on, then it has ended
+            run["status"] = run["end"]
+            if run["end"] == "finished:completed":
+                (self.folder / "summary.json").write_text('{"version": 1, "status": "completed"}')
+        return {"runs": told}
+
+    def _run(self, words: list[str]) -> dict[str, Any]:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "config.yaml").write_text("seed: 0\n")
+        run = {"run-id": str(len(self.runs)), "status": "running", "status-details": "", "end": self.ends.pop(0)}
+        self.runs.append(run)
+        return {"run-id": run["run-id"]}
+
+    def _supernode_ls(self, words: list[str]) -> dict[str, Any]:
+        return {"nodes": [{"node-id": node} for node in self.nodes]}
+
+    def _supernode_register(self, words: list[str]) -> dict[str, Any]:
+        node = str(100 + len([asked for asked in self.asked if asked[:2] == ["supernode", "register"]]))
+        self.nodes[node] = Path(words[2]).read_text()
+        return {"node-id": node}
+
+    def _supernode_unregister(self, words: list[str]) -> dict[str, Any]:
+        del self.nodes[words[2]]
+        return {}
+
+    def submitted(self) -> list[list[str]]:
+        return [words for words in self.asked if words[0] == "run"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place("127.0.0.1:1", None, tmp_path / "home")
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(deployrun.time, "sleep", lambda seconds: None)
+    return
+
+
+def script(monkeypatch: pytest.MonkeyPatch, folder: Path, *ends: str) -> Script:
+    answers = Script(list(ends), folder)
+    monkeypatch.setattr(deployflower, "_flwr", answers)
+    return answers
+
+
+def supervise(place: Place, folder: Path, attempts: int = 3) -> Path:
+    words = [*WORDS, f"run.dir={folder}"]
+    return deployrun.supervise(place, "fcit-mini-short", words, attempts, Console(quiet=True))
+
+
+def test_a_run_that_flower_lost_is_submitted_again_on_the_same_run_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+) -> None:
+    answers = script(monkeypatch, tmp_path / "run", "finished:failed", "finished:stopped", "finished:completed")
+    assert supervise(place, tmp_path / "run") == tmp_path / "run"
+    first, *others = answers.submitted()
+    assert len(others) == 2
+    assert all(other == first for other in others)  # the same words, folder and all; resume decides on the server
+    assert "resume=true" in first
+
+
+def test_it_gives_up_after_its_attempts_and_says_that_commits_stand(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+) -> None:
+    answers = script(monkeypatch, tmp_path / "run", "finished:failed", "finished:failed", "finished:completed")
+    with pytest.raises(FedstrataError, match="not completed after 2 attempts; its commits stand"):
+        supervise(place, tmp_path / "run", attempts=2)
+    assert len(answers.submitted()) == 2
+
+
+def test_a_finished_run_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place) -> None:
+    answers = script(monkeypatch, tmp_path / "run", "finished:completed")
+    supervise(place, tmp_path / "run")
+    answers.asked.clear()
+    supervise(place, tmp_path / "run")
+    assert answers.asked == []
+
+
+def test_a_run_that_is_going_on_is_watched_and_not_started_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+) -> None:
+    answers = script(monkeypatch, tmp_path / "run", "finished:completed")
+    answers._run([])
+    looks, ls = iter(["running", "running", "running", "finished:completed", ""]), answers._ls
+    monkeypatch.setattr(answers, "_ls", lambda words: (answers.runs[0].update(end=next(looks)), ls(words))[1])
+    supervise(place, tmp_path / "run")
+    assert answers.submitted() == []
+
+
+def test_a_superlink_that_is_away_for_a_while_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+) -> None:
+    answers = script(monkeypatch, tmp_path / "run", "finished:completed")
+    answers.away = 5
+    supervise(place, tmp_path / "run")
+    assert len(answers.submitted()) == 1
+
+
+def test_a_superlink_that_never_answers_is_told_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+) -> None:
+    answers = script(monkeypatch, tmp_path / "run")
+    answers.away = 10**9
+    with pytest.raises(FedstrataError, match=r"127.0.0.1:1: no SuperLink answers in 0 s: .*is unavailable"):
+        deployrun.reach(Flower(place), Console(quiet=True), wait=0)
+
+
+@pytest.mark.parametrize("folder", ["", "here", "/"])
+def test_a_run_folder_that_later_attempts_could_not_find_is_bad_input(place: Place, folder: str) -> None:
+    with pytest.raises(BadInput, match="run.dir: must be an absolute path"):
+        deployrun.supervise(place, "fcit-mini-short", [f"run.dir={folder}"], 3, Console(quiet=True))
+
+
+def test_a_deployment_clips_and_asks_for_fifty_instructions_unless_told_otherwise() -> None:
+    assert deployrun._defaults("", []) == ["strategy.token_min_samples=50", "federation.clip=median"]
+    assert deployrun._defaults("", ["strategy.name=finetune"]) == ["federation.clip=median"]
+    assert deployrun._defaults("", ["strategy.token_min_samples=1", "federation.clip=off"]) == []
+
+
+def test_words_survive_the_way_through_two_quotings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+) -> None:
+    answers = script(monkeypatch, tmp_path / "a 'run'", "finished:completed")
+    supervise(place, tmp_path / "a 'run'")
+    (sent,) = [word for word in answers.submitted()[0] if word.startswith("overrides=")]
+    assert shlex.split(json.loads(sent.removeprefix("overrides=")))[-1] == f"run.dir={tmp_path / 'a '}'run'"
+
+
+def test_a_rotated_key_shuts_the_old_one_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    deploykeys.make(tmp_path / "keys", 2)
+    flower = Flower(Place("127.0.0.1:1", tmp_path / "keys" / "server", tmp_path / "home"))
+    answers = script(monkeypatch, tmp_path / "run")
+    assert deploynodes.register(flower) == ["client-0", "client-1"]
+    assert deploynodes.register(flower) == []
+    old = (tmp_path / "keys" / "client-1" / "node.pub").read_text()
+    deploykeys.make(tmp_path / "keys", 2, rotate="client-1")
+    assert deploynodes.register(flower) == ["client-1"]
+    assert old not in answers.nodes.values()
+    assert len(answers.nodes) == 2
+
+
+def test_what_flower_answers_is_json_or_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    flower = Flower(Place("127.0.0.1:9", None, tmp_path / "home"))
+    with pytest.raises(FedstrataError, match=r"flwr ls: \S+"):
+        flower.runs()
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own
+def test_the_submitted_app_has_no_code_and_always_the_same_bytes(tmp_path: Path) -> None:
+    one, other = (flowerapp.write(tmp_path / name) for name in ("one", "other"))
+    assert [path.name for path in one.iterdir()] == ["pyproject.toml"]
+    assert flowerapp.bundle_hash(one) == flowerapp.bundle_hash(other)
+    (other / "evil.py").write_text("print(1)\n")
+    assert flowerapp.bundle_hash(one) != flowerapp.bundle_hash(other)
+
+
+def test_the_submitted_app_names_the_repositorys_own_components() -> None:
+    import tomllib
+
+    ours = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    theirs = tomllib.loads(flowerapp.text())["tool"]["flwr"]["app"]
+    assert (theirs["components"], theirs["config"]) == (ours["components"], ours["config"])
