@@ -8,6 +8,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedstrata.core.errors import BadInput, unknown
 from fedstrata.strategies.base import Strategy
 from fedstrata.strategies.controls import Oracle, RandomRoute
+from fedstrata.strategies.copa import Copa
 from fedstrata.strategies.disco import Disco
 from fedstrata.strategies.ewc import Ewc
 from fedstrata.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
@@ -15,6 +16,7 @@ from fedstrata.strategies.fedprox import FedProx
 from fedstrata.strategies.finetune import Finetune, Joint
 from fedstrata.strategies.flower import wrap
 from fedstrata.strategies.lwf import Lwf
+from fedstrata.strategies.mlora import MLora
 from fedstrata.strategies.olora import OLora
 from fedstrata.strategies.replay import Replay
 from fedstrata.strategies.robust import FedMedian, FedTrimmed, Geomedian, MultiKrum
@@ -37,6 +39,8 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "lwf": Lwf,
     "olora": OLora,
     "replay": Replay,
+    "mlora": MLora,
+    "copa": Copa,
     "disco": Disco,
     "oracle": Oracle,
     "random-route": RandomRoute,

@@ -33,23 +33,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "strangers_package.strangers_module"
 
 
-METHODS = [
-    "finetune",
-    "joint",
-    "fedprox",
-    "scaffold",
-    "ewc",
-    "lwf",
-    "olora",
-    "replay",
-    "disco",
-    "oracle",
-    "random-route",
-]
-METHODS += ["fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedmedian", "fedtrimmed", "multikrum", "geomedian"]
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_every_method_of_the_catalogue_is_found_and_described(name: str) -> None:
     kind = find(name)
     assert kind is STRATEGIES[name]
@@ -59,7 +43,7 @@ def test_every_method_of_the_catalogue_is_found_and_described(name: str) -> None
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_one() -> None:
-    with pytest.raises(BadInput, match=r"strategy\.name: unknown 'dsico'; did you mean 'disco'\? known: disco, "):
+    with pytest.raises(BadInput, match=r"strategy\.name: unknown 'dsico'; did you mean 'disco'\? known: .*disco, "):
         find("dsico")
 
 

@@ -15,7 +15,8 @@ from fedstrata.core.errors import BadInput
 from fedstrata.server import checkpoint
 from fedstrata.server.runfolder import RunFolder
 from fedstrata.strategies.base import Inputs, Participant, Parts, Setup
-from fedstrata.strategies.olora import OLora, OLoraConfig, joined, overlap
+from fedstrata.strategies.olora import OLora, OLoraConfig, overlap
+from fedstrata.strategies.staged import joined
 
 
 def test_a_new_branch_is_silent_on_what_an_old_one_reads() -> None:
@@ -115,6 +116,7 @@ def test_a_shared_projector_goes_on_over_stages(setup: Setup, train_reply: Any) 
     assert strategy.state.past.tolist() == [1, 2, 3]
     assert strategy.state.adapter[-2:].tolist() == [10, 20]
     assert strategy.knowledge().shared.tolist() == [10, 20]
+    strategy.aggregate_train(2, [train_reply(0, [4, 5, 6, 10, 20])])
     assert layout.rank(np.concatenate([strategy.knowledge().adapters[0], strategy.knowledge().shared])) == 2
 
 
