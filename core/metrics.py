@@ -102,7 +102,12 @@ class AccuracyMatrix:
     @property
     def avg(self) -> float | None:
         """(1/T) Σ_{t=1..T} mean_{i ∈ S_t} A[t, i]: FCIT's Avg, MCITlib's MAA (mean average accuracy)."""
-        return _mean([mean for t in range(1, self.done + 1) if (mean := self._mean_seen(t)) is not None])
+        return _mean([mean for mean in self.by_stage if mean is not None])
+
+    @property
+    def by_stage(self) -> tuple[float | None, ...]:
+        """mean_{i ∈ S_t} A[t, i] for t = 1..T: the curve whose mean is `avg` and whose end is `last`."""
+        return tuple(self._mean_seen(t) for t in range(1, self.done + 1))
 
     @property
     def forgetting(self) -> float | None:

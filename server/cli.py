@@ -1,4 +1,4 @@
-"""The command line: `fedstrata run | preview | resume | compare | report | list | export | ask | bench | deploy`.
+"""The command line: `fedstrata run | sweep | preview | resume | compare | report | list | export | ask | …`.
 
 Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback), 75 interrupted and resumable.
 """
@@ -36,7 +36,7 @@ def run(
     """Run a federation; without words: the embedded default (fcit-mini, homogeneous, DISCO)."""
     from fedstrata.server import configure, launch, plan
 
-    recipe, overrides = split(words or [])
+    recipe, overrides = configure.split_recipe(words or [])
     config = configure.resolve(recipe, overrides)
     if dry_run:
         plan.show(config, console)
@@ -58,7 +58,7 @@ def preview(
     from fedstrata.server import configure, previewpage
     from fedstrata.server.preview import preview as look
 
-    told, scenario = look(configure.resolve(*split(words or [])))
+    told, scenario = look(configure.resolve(*configure.split_recipe(words or [])))
     previewpage.show(told, console)
     for path, write in ((html, previewpage.save_html), (png, previewpage.save_png)):
         if path:
@@ -101,6 +101,7 @@ def show(folder: Path, json_: Path | None) -> None:
 @cli.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders or result JSON files.")],
+    baseline: Annotated[str, typer.Option(help="A row: the others' last beside it, seed by seed.")] = "",
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows as CSV.")] = None,
     json_: Json = None,
@@ -109,12 +110,54 @@ def compare(
     from fedstrata.server.compare import compare as build
     from fedstrata.strategies import STRATEGIES
 
-    comparison = build(runs, {name: vars(kind.config_type()) for name, kind in STRATEGIES.items()})
+    comparison = build(runs, {name: vars(kind.config_type()) for name, kind in STRATEGIES.items()}, baseline)
     console.print(comparison.table())
     (markdown or Path("compare.md")).write_text(comparison.markdown(), encoding="utf-8")
     (csv or Path("compare.csv")).write_text(comparison.csv(), encoding="utf-8")
     _write(json_, comparison.json())
     console.print(f"written: {markdown or 'compare.md'}, {csv or 'compare.csv'}", highlight=False)
+
+
+@cli.command()
+def sweep(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="A recipe or a sweep file (optional), then key=value,value words.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and the time they take; run none.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; more than one: each in a process of its own.")] = 1,
+    dir_: Annotated[Path, typer.Option("--dir", help="Where the run folders are.")] = Path("runs/sweep"),
+    results: Annotated[
+        Path | None, typer.Option(help="Also one JSON per cell; cells that are there are skipped.")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="A row: the others' last beside it, seed by seed.")] = "",
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
+    html: Annotated[Path | None, typer.Option(help="The page with curves; sweep.html in --dir unless named.")] = None,
+    json_: Json = None,
+) -> None:
+    """Run strategies × seeds × scenarios × any config keys; goes on where it was stopped. One table, one page."""
+    from fedstrata.server import cells, configure, sweeppage
+    from fedstrata.server import sweep as sweeping
+
+    states = sweeping.look(cells.cells(*configure.split_recipe(words or [])), dir_, results)
+    if dry_run:
+        sweeppage.show_plan(states, jobs, console)
+        return
+    sweeppage.comparison(states, baseline)  # a baseline that is no row is told before anything is run
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    states = sweeping.Sweep(states, dir_, results, jobs, tell).run()
+    compared = sweeppage.comparison(states, baseline)
+    console.print(compared.table())
+    sweeppage.write_page(html or dir_ / "sweep.html", states, compared)
+    if markdown:
+        markdown.write_text(compared.markdown(), encoding="utf-8")
+    _write(json_, sweeppage.summary(states, compared))
+    tell(f"run folders: {dir_}   page: {html or dir_ / 'sweep.html'}")
+    sweeping.check(states)
 
 
 @cli.command()
@@ -181,13 +224,6 @@ def _write(path: Path | None, result: object) -> None:
     """`--json FILE`."""
     if path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def split(words: list[str]) -> tuple[str, list[str]]:
-    """A first word without `=` is the recipe."""
-    if words and "=" not in words[0]:
-        return words[0], words[1:]
-    return "", words
 
 
 def main() -> None:

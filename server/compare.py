@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedstrata.core.config import RunConfig, to_dict
-from fedstrata.core.errors import BadInput
+from fedstrata.core.errors import BadInput, unknown
+from fedstrata.server.paired import Paired, paired
 from fedstrata.server.results import Result, load, result_json, settings
-from fedstrata.server.tables import MEASURES, Comparison, Row, ScenarioTable, Spread
+from fedstrata.server.tables import MEASURES, OPTIONAL, Comparison, Row, ScenarioTable, Spread
 
 __all__ = ["Comparison", "compare", "result_json"]
 
@@ -36,25 +37,38 @@ class _Run:
         return self.scenario, self.label, self.result.seed
 
 
-def compare(runs: Sequence[Path], defaults: Defaults | None = None) -> Comparison:
+def compare(runs: Sequence[Path], defaults: Defaults | None = None, baseline: str = "") -> Comparison:
     """Reads run folders and result files (`result_json`) and sets them side by side.
 
     Args:
         runs: run folders or result files, in any mix and order.
         defaults: strategy name → its options' default values; an option at its default is left out of the label.
+        baseline: the row that the others' `last` is compared with, seed by seed; empty: none.
 
     Raises:
         BadInput: nothing to compare, a broken folder or file, or two definitions of one scenario.
     """
     if not runs:
         raise BadInput("compare: name at least one run folder or result file")
-    results = [load(path) for path in {path.resolve(): path for path in runs}.values()]
+    return side_by_side([load(path) for path in {path.resolve(): path for path in runs}.values()], defaults, baseline)
+
+
+def side_by_side(results: Sequence[Result], defaults: Defaults | None = None, baseline: str = "") -> Comparison:
+    """`compare` for results that are read already; one with status "not run" makes an empty row or a missing seed.
+
+    Raises:
+        BadInput: two definitions of one scenario, or a baseline that is no row.
+    """
     placed = _placed(results, defaults or {})
     _one_definition(placed)
     done, notes = _distinct([run for run in placed if run.result.completed])
-    notes += [_unfinished(run) for run in placed if not run.result.completed]
+    missing = [run for run in placed if run.result.summary["status"] == NOT_RUN]
+    notes += [_unfinished(run) for run in placed if not run.result.completed and run not in missing]
+    notes += [f"{len(missing)} of {len(placed)} cells are not run"] if missing else []
     labels = sorted({run.label for run in placed}, key=lambda label: (_rank(label), label))
-    tables = [_table(name, placed, done, labels) for name in sorted({run.scenario for run in placed})]
+    if baseline and baseline not in labels:
+        raise unknown("baseline", baseline, labels)
+    tables = [_table(name, placed, done, labels, baseline) for name in sorted({run.scenario for run in placed})]
     return Comparison(tuple(tables), tuple(notes))
 
 
@@ -87,7 +101,7 @@ def _label(run: _Run, runs: Sequence[_Run], defaults: Defaults) -> str:
     twins = [other for other in runs if other.result.strategy == name]
     words = []
     for key, value in run.result.settings.items():
-        if key in ("seed", "strategy.name") or key.startswith("scenario."):
+        if key in ("seed", "strategy.name", "model.matmul") or key.startswith("scenario."):
             continue
         near = [other for other in twins if key.startswith("strategy.") or other.scenario == run.scenario]
         varies = any(other.result.settings.get(key) != value for other in near)
@@ -140,21 +154,30 @@ def _rank(label: str) -> int:
     return 0 if name == BASELINE else 2 if name == BOUND else 1
 
 
-def _table(scenario: str, placed: Sequence[_Run], done: Sequence[_Run], labels: Sequence[str]) -> ScenarioTable:
+def _table(
+    scenario: str, placed: Sequence[_Run], done: Sequence[_Run], labels: Sequence[str], baseline: str
+) -> ScenarioTable:
     here = [run for run in placed if run.scenario == scenario]
     tasks = tuple(dict.fromkeys(task for run in here for task in run.result.matrix.tasks))
-    rows = []
-    for label in labels:
-        results = [run.result for run in done if (run.scenario, run.label) == (scenario, label)]
-        begun = any(run.label == label for run in here)
-        rows.append(_row(label, results, NOT_COMPLETED if begun else NOT_RUN, tasks))
-    return ScenarioTable(scenario, tasks, tuple(rows), _gaps(rows))
+    ran = {label: [run.result for run in done if (run.scenario, run.label) == (scenario, label)] for label in labels}
+    begun = {run.label for run in here if run.result.summary["status"] != NOT_RUN}
+    rows = [_row(label, ran[label], NOT_COMPLETED if label in begun else NOT_RUN, tasks) for label in labels]
+    differences = _differences(ran, baseline) if baseline else {}
+    return ScenarioTable(scenario, tasks, tuple(rows), _gaps(rows), baseline, differences)
+
+
+def _differences(ran: Mapping[str, Sequence[Result]], baseline: str) -> dict[str, Paired | None]:
+    """Label of every other row → what its `last` is above the baseline's, over the seeds that both have."""
+    last = {label: {result.seed: result.value("last") for result in results} for label, results in ran.items()}
+    return {label: paired(values, last[baseline]) for label, values in last.items() if label != baseline}
 
 
 def _row(label: str, results: Sequence[Result], empty: str, tasks: Sequence[str]) -> Row:
-    measures = {name: Spread.of([result.value(name) for result in results]) for name in MEASURES}
+    measures = {name: Spread.of([result.value(name) for result in results]) for name in (*MEASURES, *OPTIONAL)}
     by_task = {task: Spread.of([result.matrix.final.get(task) for result in results]) for task in tasks}
-    return Row(label, label.split(" ")[0], tuple(sorted(result.seed for result in results)), empty, measures, by_task)
+    stages = tuple(map(Spread.of, zip(*(result.matrix.by_stage for result in results), strict=True)))
+    seeds = tuple(sorted(result.seed for result in results))
+    return Row(label, label.split(" ")[0], seeds, empty, measures, by_task, stages)
 
 
 def _gaps(rows: Sequence[Row]) -> dict[str, float | None]:

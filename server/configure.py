@@ -25,6 +25,13 @@ def resolve(recipe: str, words: Sequence[str]) -> RunConfig:
     return _absolute(configuration.build(layers, find(strategy).config_type))
 
 
+def split_recipe(words: Sequence[str]) -> tuple[str, list[str]]:
+    """A first word without `=` is the recipe."""
+    if words and "=" not in words[0]:
+        return words[0], list(words[1:])
+    return "", list(words)
+
+
 def _absolute(config: RunConfig) -> RunConfig:
     """Paths become absolute: actors, and a later resume, may stand in another folder."""
     scenario, model = config.scenario, config.model

@@ -36,8 +36,8 @@ def run(
     insecure: Insecure = False,
 ) -> None:
     """Submit a run to the SuperLink, watch it, and go on with a new one from the last commit when it dies."""
-    from fedstrata.server import cli, deployflower, deployrun
+    from fedstrata.server import cli, configure, deployflower, deployrun
 
-    recipe, overrides = cli.split(words or [])
+    recipe, overrides = configure.split_recipe(words or [])
     place = deployflower.place_of(os.environ, insecure)
     cli.show(deployrun.supervise(place, recipe, overrides, attempts, console), None)

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.style
@@ -72,6 +72,24 @@ def _curve(axes: Any, matrix: AccuracyMatrix, i: int) -> Any:
     axes.plot(range(min(start + 1, len(column))), column[: start + 1], color=colour, linestyle=":", linewidth=1)
     marker = MARKERS[i % len(MARKERS)]
     return axes.plot(range(start, len(column)), column[start:], color=colour, marker=marker, markersize=4)[0]
+
+
+def averages(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Per method the mean score of the tasks trained so far, after each stage: (mean over seeds, deviation)."""
+    with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": "averages"}]):
+        figure = Figure(figsize=(7.2, 3.6))
+        axes = figure.add_subplot()
+        for i, (name, points) in enumerate(lines.items()):
+            colour = matplotlib.colormaps["tab20"](i % 20)
+            stages, means = range(1, len(points) + 1), [mean for mean, _ in points]
+            axes.plot(stages, means, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=4, label=name)
+            low, high = ([mean + sign * wide for mean, wide in points] for sign in (-1, 1))
+            axes.fill_between(stages, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="stage", ylabel="score of the tasks so far", ylim=(-3, 103))
+        axes.set_xticks(range(1, 1 + max((len(points) for points in lines.values()), default=1)))
+        axes.grid(axis="y", color=FADED, alpha=0.3, linewidth=0.6)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        return svg(figure)
 
 
 def cosines(stages: Sequence[int], within: Sequence[Sequence[float]], between: Sequence[Sequence[float]]) -> str:

@@ -130,10 +130,25 @@ def lines(plan: Plan, prepared: preparing.Prepared, speed: calibrate.Speed) -> l
     ]
     for name, count in (("up", plan.bytes.up), ("down", plan.bytes.down), ("evaluation", plan.bytes.evaluation)):
         told.append(f"predicted bytes {name}: {count:,} ({human_bytes(count)})")
-    devices = math.ceil(plan.actors / on_one_device(prepared.config, plan.actors, memory.where))
-    busy = devices if memory.where.gpu else plan.actors
-    about = plan.seconds(speed.step / min(busy, plan.cohorts), speed.answer / busy)
-    return [*told, f"predicted time: about {human_seconds(about)} (measured here: a step of one cohort, some answers)"]
+    about = human_seconds(_seconds(plan, prepared, speed))
+    return [*told, f"predicted time: about {about} (measured here: a step of one cohort, some answers)"]
+
+
+def seconds(config: RunConfig) -> float:
+    """How long a run will take in one process, measured here, without starting it. Raises `BadInput` as `show` does."""
+    prepared = preparing.prepare(replace(config, federation=replace(config.federation, grid="inprocess")))
+    try:
+        first = [v for v in visits(config, prepared.scenario, 1, prepared.strategy().pooled) if v.round == 1]
+        return _seconds(plan_of(prepared), prepared, calibrate.measure(prepared, first[: prepared.cohort]))
+    finally:
+        prepared.close()
+
+
+def _seconds(plan: Plan, prepared: preparing.Prepared, speed: calibrate.Speed) -> float:
+    where = prepared.memory.where
+    devices = math.ceil(plan.actors / on_one_device(prepared.config, plan.actors, where))
+    busy = devices if where.gpu else plan.actors
+    return plan.seconds(speed.step / min(busy, plan.cohorts), speed.answer / busy)
 
 
 def predict(config: RunConfig, scenario: Scenario, strategy: Strategy, layout: Layout, dim: int) -> Bytes:

@@ -98,7 +98,7 @@ def load(path: Path) -> Result:
         return _from_file(path)
     folder = RunFolder(path)
     if not folder.has("summary.json"):
-        name = _flat(folder.config).get("strategy.name", "")
+        name = flatten(folder.config).get("strategy.name", "")
         unfinished = {"status": "not finished", "seed": folder.config.get("seed", 0), "strategy": name}
         return Result(str(path), settings(folder.config), unfinished, AccuracyMatrix((), (), ()))
     scored = folder.has("matrix.json") or folder.summary.get("status") == "completed"
@@ -124,7 +124,7 @@ def _checked(result: Result) -> Result:
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key → value of everything in a config that decides the result."""
-    flat = _flat(config)
+    flat = flatten(config)
     return {key: flat[key] for key in sorted(flat) if key.split(".")[0] not in PLACES and key not in HOW_FAST}
 
 
@@ -134,10 +134,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

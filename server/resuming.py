@@ -11,7 +11,7 @@ from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
 from fedstrata.server import checkpoint
 from fedstrata.server.checkpoint import Commit, Found
-from fedstrata.server.results import HOW_FAST
+from fedstrata.server.results import HOW_FAST, flatten
 from fedstrata.server.runfolder import CHECKPOINTS, REPORT, SUMMARY, RunFolder
 from fedstrata.strategies import find
 
@@ -25,7 +25,7 @@ def read_config(run: RunFolder, words: Sequence[str] = ()) -> RunConfig:
     kind = find(str(run.config["strategy"]["name"])).config_type
     before = configuration.from_dict(run.config, kind)
     after = configuration.build([run.config, configuration.parse_words(words)], kind)
-    differ = differing(_dotted(configuration.to_dict(before)), _dotted(configuration.to_dict(after)))
+    differ = differing(flatten(configuration.to_dict(before)), flatten(configuration.to_dict(after)))
     wrong = [key for key in differ if key not in HOW_FAST]
     if wrong:
         raise BadInput(f"{', '.join(wrong)}: a resumed run may change only {', '.join(HOW_FAST)}")
@@ -35,13 +35,6 @@ def read_config(run: RunFolder, words: Sequence[str] = ()) -> RunConfig:
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The keys of `before` that `after` lacks or gives another value."""
     return sorted(key for key, value in before.items() if key not in after or after[key] != value)
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def starting_point(run: RunFolder, from_stage: int | None) -> Found:

@@ -4,7 +4,7 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
@@ -12,9 +12,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fedstrata.server.paired import Paired
 from fedstrata.server.report import UNDEFINED, human_bytes, human_seconds, number
 
-MEASURES: Mapping[str, tuple[str, Callable[[float | None], str]]] = {  # key of the summary → heading, how it is written
+How = tuple[str, Callable[[float | None], str]]  # heading, how it is written
+MEASURES: Mapping[str, How] = {  # by key of the summary
     "last": ("last", number),
     "avg": ("avg", number),
     "forgetting": ("forgetting", number),
@@ -23,6 +25,12 @@ MEASURES: Mapping[str, tuple[str, Callable[[float | None], str]]] = {  # key of 
     "vocabulary_rate": ("vocabulary", number),
     "bytes_up": ("bytes up", human_bytes),
     "train_seconds": ("train time", human_seconds),
+}
+OPTIONAL: Mapping[str, How] = {  # shown where a run has them
+    "pretrained_before": ("pre-training tasks: base", number),
+    "pretrained": ("pre-training tasks: after", number),
+    "unseen_before": ("unseen tasks: base", number),
+    "unseen": ("unseen tasks: after", number),
 }
 Grid = list[list[str]]  # the first row holds the headings
 
@@ -54,16 +62,22 @@ class Row:
     empty: str  # what its cells read without runs
     measures: Mapping[str, Spread | None]
     tasks: Mapping[str, Spread | None]  # last score of each task
+    stages: tuple[Spread | None, ...] = ()  # score of the tasks so far, after each stage
 
 
 @dataclass(frozen=True)
 class ScenarioTable:
-    """All methods on one scenario. `gaps`: label → (D − F)/(J − F) in percent, None where J − F is below 20 points."""
+    """All methods on one scenario. `gaps`: label → (D − F)/(J − F) in percent, None where J − F is below 20 points.
+
+    `differences`: label → paired difference of `last` to the row `baseline`; empty without one.
+    """
 
     scenario: str
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
     gaps: Mapping[str, float | None]
+    baseline: str = ""
+    differences: Mapping[str, Paired | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,12 +89,12 @@ class Comparison:
 
     def table(self) -> Group:
         """For a terminal: per scenario one table of measures and one of last scores by task, then the notes."""
-        grids = [_rich(title, grid) for table in self.tables for title, grid in _grids(table)]
-        return Group(*grids, *map(Text, self.notes))
+        shown = [_rich(title, grid) for table in self.tables for title, grid in grids(table)]
+        return Group(*shown, *map(Text, self.notes))
 
     def markdown(self) -> str:
         """The same as Markdown tables."""
-        parts = [_markdown(title, grid) for table in self.tables for title, grid in _grids(table)]
+        parts = [_markdown(title, grid) for table in self.tables for title, grid in grids(table)]
         notes = "".join(f"- {_escaped(note)}\n" for note in self.notes)
         return "\n".join([*parts, notes] if notes else parts)
 
@@ -101,7 +115,8 @@ class Comparison:
 def _lines(table: ScenarioTable) -> Iterator[dict[str, Any]]:
     for row in table.rows:
         where = {"scenario": table.scenario, "strategy": row.label}
-        named = {**row.measures, **{f"last/{task}": row.tasks[task] for task in table.tasks}}
+        shown = {name: row.measures[name] for name in _shown(table)}
+        named = {**shown, **{f"last/{task}": row.tasks[task] for task in table.tasks}}
         for measure, spread in named.items():
             mean = row.empty if not row.seeds else spread.mean if spread else None
             std, n = (spread.std, spread.n) if spread else (None, 0)
@@ -109,13 +124,18 @@ def _lines(table: ScenarioTable) -> Iterator[dict[str, Any]]:
         if table.gaps.get(row.label) is not None:
             seeds = len(row.seeds)
             yield {**where, "measure": "gap_closed", "mean": table.gaps[row.label], "std": None, "seeds": seeds}
+        if found := table.differences.get(row.label):
+            for measure, mean in (("difference", found.mean), ("difference_ci95", found.half)):
+                yield {**where, "measure": measure, "mean": mean, "std": None, "seeds": found.n}
 
 
-def _grids(table: ScenarioTable) -> list[tuple[str, Grid]]:
+def grids(table: ScenarioTable) -> list[tuple[str, Grid]]:
     """(title, grid) of the measures and of the last scores by task."""
     gap = ["gap closed"] if table.gaps else []
-    heads = ["strategy", "seeds", *(heading for heading, _ in MEASURES.values()), *gap]
-    body = [[row.label, str(len(row.seeds)), *_measures(row), *_gap(table, row)] for row in table.rows]
+    above = [f"last above {table.baseline} (95 %)"] if table.baseline else []
+    shown = _shown(table)
+    heads = ["strategy", "seeds", *(heading for heading, _ in shown.values()), *gap, *above]
+    body = [[row.label, str(len(row.seeds)), *_measures(row, shown), *_gap(table, row)] for row in table.rows]
     by_task = [[row.label, *(_cell(row, row.tasks[task], number) for task in table.tasks)] for row in table.rows]
     return [
         (table.scenario, [heads, *body]),
@@ -123,8 +143,13 @@ def _grids(table: ScenarioTable) -> list[tuple[str, Grid]]:
     ]
 
 
-def _measures(row: Row) -> list[str]:
-    return [_cell(row, row.measures[name], write) for name, (_, write) in MEASURES.items()]
+def _shown(table: ScenarioTable) -> dict[str, How]:
+    more = {name: how for name, how in OPTIONAL.items() if any(row.measures.get(name) for row in table.rows)}
+    return {**MEASURES, **more}
+
+
+def _measures(row: Row, shown: Mapping[str, How]) -> list[str]:
+    return [_cell(row, row.measures[name], write) for name, (_, write) in shown.items()]
 
 
 def _cell(row: Row, spread: Spread | None, write: Callable[[float | None], str]) -> str:
@@ -136,10 +161,10 @@ def _cell(row: Row, spread: Spread | None, write: Callable[[float | None], str])
 
 
 def _gap(table: ScenarioTable, row: Row) -> list[str]:
-    if not table.gaps:
-        return []
-    gap = table.gaps.get(row.label)
-    return [UNDEFINED if gap is None else f"{gap:.0f} %"]
+    """The last columns: the gap closed and the difference to the baseline, where the table has them."""
+    gap, found = table.gaps.get(row.label), table.differences.get(row.label)
+    cells = [UNDEFINED if gap is None else f"{gap:.0f} %"] if table.gaps else []
+    return [*cells, *([UNDEFINED if found is None else found.text()] if table.baseline else [])]
 
 
 def _rich(title: str, grid: Grid) -> Table:

@@ -1,0 +1,166 @@
+"""`fedstrata sweep`: every cell an ordinary run, several at a time; what is there already is not run again.
+
+A cell is finished when its result file is among the results or its run folder is completed, resumed when its folder has
+begun, and tried once more when it fails. Cells share nothing but the machine, so a sweep grows over several sittings.
+"""
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedstrata.core import durable
+from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
+from fedstrata.core.metrics import AccuracyMatrix
+from fedstrata.server.cells import Cell
+from fedstrata.server.results import Result, load, result_json
+from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder, read_json
+from fedstrata.server.worker import Answer, Job, Worker
+
+COMPLETED, BEGUN, NOT_RUN, FAILED = "completed", "begun", "not run", "failed"
+INTERRUPTED, BAD_INPUT = 75, 2
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a cell stands; `source`: its result file or its completed run folder."""
+
+    cell: Cell
+    status: str = NOT_RUN
+    source: Path | None = None
+    reason: str = ""
+
+    def result(self) -> Result:
+        """As `compare` reads it; a cell that is not completed has no scores."""
+        if self.source is not None:
+            return load(self.source)
+        config = self.cell.config
+        told = {"status": self.status, "seed": config.seed, "strategy": config.strategy.name}
+        return Result(self.cell.name, self.cell.settings, told, AccuracyMatrix((), (), ()))
+
+
+def look(cells: Sequence[Cell], folder: Path, results: Path | None) -> list[State]:
+    """Where the cells stand, in their order.
+
+    Raises:
+        BadInput: a result file or a run folder of a cell's name holds another run.
+    """
+    files = sorted(results.glob("*.json")) if results else []
+    known = [(path, read_json(path)) for path in files]
+    return [_state(cell, folder / cell.name, known) for cell in cells]
+
+
+def _state(cell: Cell, folder: Path, known: Sequence[tuple[Path, Any]]) -> State:
+    for path, tree in known:
+        if isinstance(tree, dict) and isinstance(tree.get("config"), dict) and cell.matches(tree["config"]):
+            return State(cell, COMPLETED, path)
+        if path.stem == cell.name:
+            raise BadInput(f"{path}: holds a run with another config than the cell of this name; name other --results")
+    if not (folder / CONFIG).exists():
+        return State(cell)
+    run = RunFolder(folder)
+    if not cell.matches(run.config):
+        raise BadInput(f"{folder}: holds a run with another config than the cell of this name; name another --dir")
+    done = run.has(SUMMARY) and run.summary.get("status") == COMPLETED
+    return State(cell, COMPLETED, folder) if done else State(cell, BEGUN)
+
+
+class Sweep:
+    """Runs what is missing. `results`: a folder for one JSON per cell, or None."""
+
+    def __init__(self, states: Sequence[State], folder: Path, results: Path | None, jobs: int, tell: Tell) -> None:
+        self.states = {state.cell.name: state for state in states}
+        self.folder, self.results, self.tell = folder, results, tell
+        self.workers = [Worker(folder / f"worker-{number}.log") for number in range(jobs)]
+        self.waiting: queue.SimpleQueue[State] = queue.SimpleQueue()
+        self.stopped = threading.Event()
+
+    def run(self) -> list[State]:
+        """Where the cells stand at the end.
+
+        Raises:
+            Interrupted: Ctrl-C; the runs at work have committed, and the same command goes on.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for state in self.states.values():
+            if state.status != COMPLETED:
+                self.waiting.put(state)
+            elif state.source and state.source.is_dir():
+                self.states[state.cell.name] = self._kept(state)
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            working = [pool.submit(self._work, worker) for worker in self.workers]
+            try:
+                wait(working, return_when=FIRST_EXCEPTION)
+            except KeyboardInterrupt:
+                raise Interrupted("the sweep was stopped; the same command goes on with it") from None
+            finally:
+                self._stop()
+        for ended in working:
+            ended.result()
+        return list(self.states.values())
+
+    def _stop(self) -> None:
+        self.stopped.set()
+        for worker in self.workers:
+            worker.interrupt()
+
+    def _work(self, worker: Worker) -> None:
+        try:
+            while not self.stopped.is_set():
+                try:
+                    state = self.waiting.get_nowait()
+                except queue.Empty:
+                    break
+                self.states[state.cell.name] = self._kept(self._tried(state, worker))
+        finally:
+            worker.close()
+
+    def _tried(self, state: State, worker: Worker) -> State:
+        """A cell that fails is tried once more, from its last commit; bad input would be bad again."""
+        name = state.cell.name
+        for again in (False, True):
+            self.tell(f"{name}: {'once more' if again else 'goes on' if state.status == BEGUN else 'begins'}")
+            answer = worker.run(self._job(state.cell))
+            if answer.code in (0, INTERRUPTED, BAD_INPUT) or self.stopped.is_set():
+                break
+            self.tell(f"{name}: failed: {answer.reason}")
+        return self._ended(state, answer)
+
+    def _job(self, cell: Cell) -> Job:
+        folder = self.folder / cell.name
+        words = (*cell.words, *(("federation.grid=inprocess",) if len(self.workers) > 1 else ()))
+        return Job(words, str(folder), (folder / CONFIG).exists(), str(self.folder / f"{cell.name}.log"))
+
+    def _ended(self, state: State, answer: Answer) -> State:
+        folder = self.folder / state.cell.name
+        if answer.code == 0:
+            return replace(state, status=COMPLETED, source=folder)
+        if answer.code == INTERRUPTED or self.stopped.is_set():
+            return replace(state, status=BEGUN if (folder / CONFIG).exists() else NOT_RUN, reason=answer.reason)
+        return replace(state, status=FAILED, reason=answer.reason)
+
+    def _kept(self, state: State) -> State:
+        """A completed cell's result file is written; the table is built from it."""
+        if state.status != COMPLETED or state.source is None:
+            self.tell(f"{state.cell.name}: {state.status}{': ' if state.reason else ''}{state.reason}")
+            return state
+        tree = result_json(state.source)
+        self.tell(f"{state.cell.name}: completed, last {tree['summary'].get('last')}")
+        if self.results is None:
+            return state
+        path = self.results / f"{state.cell.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_atomic(path, (json.dumps(tree, indent=1) + "\n").encode())
+        return replace(state, source=path)
+
+
+def check(states: Sequence[State]) -> None:
+    """Raises `FedstrataError` unless every cell is completed; names those that are not, and why."""
+    bad = [f"{state.cell.name} is {state.status}: {state.reason}" for state in states if state.status != COMPLETED]
+    if bad:
+        raise FedstrataError(f"{len(bad)} of {len(states)} cells: " + "; ".join(bad))
