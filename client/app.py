@@ -179,7 +179,9 @@ def base_of(config: RunConfig) -> BaseModel:
     """The process's base model; thread count and kernels are set before the first of them runs."""
     torch.set_num_threads(config.federation.threads)
     kernels.use(config.model)
-    return load_base(json.dumps(vars(config.model)), json.dumps(vars(config.lora)), config.strategy.projector)
+    base = load_base(json.dumps(vars(config.model)), json.dumps(vars(config.lora)), config.strategy.projector)
+    base.train_as(config.strategy)
+    return base
 
 
 @lru_cache(maxsize=2)

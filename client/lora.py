@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from fedstrata.client.dropout import Dropout
-from fedstrata.client.lowrank import low_rank
+from fedstrata.client.lowrank import gated, low_rank
 from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
-from fedstrata.core.adapters import Flat, Layout
+from fedstrata.core.adapters import GATE, LORA_A, LORA_B, Flat, Layout
 
-KINDS = ("lora_A", "lora_B")
+KINDS = (LORA_A, LORA_B)
 
 # A client's factors lie side by side in its row of the flat buffer, so a factor's [C, …] view has gaps; autograd adds
 # into such a gradient as it is and only remarks on it.
@@ -45,29 +45,25 @@ class Cohort:
     active: int
     dense: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter of the tail → its difference [C, …]
     dropout: Dropout | None = None
+    own: dict[str, torch.Tensor] = field(default_factory=dict)  # what the kind has beside factors [C, …]: gates
     window: tuple[int, int] | None = None  # the clients whose rows the next forward passes hold; None: all active ones
 
     @staticmethod
     def of(flats: Sequence[Flat], layout: Layout, scaling: float, device: torch.device, dtype: torch.dtype) -> "Cohort":
         flat = torch.from_numpy(np.stack(flats)).to(device, dtype)
         gradient = torch.zeros_like(flat)
-        rank, start, factors = layout.rank(flats[0]), 0, {}
-        for name, out, inner in layout.modules:
-            middle, end = start + rank * inner, start + rank * (inner + out)
-            factors[name] = (
-                _leaf(flat, gradient, slice(start, middle), (rank, inner)),
-                _leaf(flat, gradient, slice(middle, end), (out, rank)),
-            )
-            start = end
-        dense = {}
-        for name, shape in layout.dense:
+        start, leaves = 0, {}
+        for name, shape in layout.parameters(layout.rank(flats[0])):
             end = start + math.prod(shape)
-            dense[name] = _leaf(flat, gradient, slice(start, end), shape)
+            leaves[name] = _leaf(flat, gradient, slice(start, end), shape)
             start = end
-        return Cohort(flat, gradient, factors, scaling, len(flats), dense)
+        layers = [name for name, _, _ in layout.modules]
+        factors = {name: (leaves[f"{name}.{LORA_A}"], leaves[f"{name}.{LORA_B}"]) for name in layers}
+        own, dense = ({name: leaves[name] for name, _ in part} for part in (layout.vectors, layout.dense))
+        return Cohort(flat, gradient, factors, scaling, len(flats), dense, own=own)
 
     def named(self, which: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{layer.lora_A or layer.lora_B: [active, …]} of `flat` or `gradient`, for the hooks of a local half.
+        """{layer.lora_A or layer.lora_B, …: [active, …]} of `flat` or `gradient`, for the hooks of a local half.
 
         The tail's parameters come last, under their names in the base model.
         """
@@ -75,7 +71,7 @@ class Cohort:
             f"{n}.{kind}": leaf for n, pair in self.factors.items() for kind, leaf in zip(KINDS, pair, strict=True)
         }
         views, start = {}, 0
-        for label, leaf in (leaves | self.dense).items():
+        for label, leaf in (leaves | self.own | self.dense).items():
             end = start + leaf[0].numel()
             views[label] = which[: self.active, start:end].view(self.active, *leaf.shape[1:])
             start = end
@@ -85,8 +81,11 @@ class Cohort:
         """out + γ B_c A_c x for the rows of each client c; x [C·b, L, in] passes the dropout first, if there is one."""
         if name not in self.factors:
             return self._dense_delta(name, x, out)
-        x = x if self.dropout is None else self.dropout(x, name)
-        return out + low_rank(x, *self._active(name), self.scaling).to(out.dtype)
+        read = x if self.dropout is None else self.dropout(x, name)
+        gate = self.own.get(f"{name}.{GATE}")
+        if gate is not None:
+            return out + gated(read, x, *self._active(name), gate[slice(*self._there)], self.scaling).to(out.dtype)
+        return out + low_rank(read, *self._active(name), self.scaling).to(out.dtype)
 
     def linear(self, name: str, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """The layer and what is added to it, in one: x Wᵀ + b + γ x A_cᵀ B_cᵀ."""
@@ -107,12 +106,12 @@ class Cohort:
     @contextmanager
     def instead(self, other: "Cohort") -> Iterator[None]:
         """While open, every client answers with what `frozen` gave, without dropout; not for a backward."""
-        mine = (self.factors, self.dense, self.dropout)
-        self.factors, self.dense, self.dropout = other.factors, other.dense, None
+        mine = (self.factors, self.own, self.dense, self.dropout)
+        self.factors, self.own, self.dense, self.dropout = other.factors, other.own, other.dense, None
         try:
             yield
         finally:
-            self.factors, self.dense, self.dropout = mine
+            self.factors, self.own, self.dense, self.dropout = mine
 
     @contextmanager
     def only(self, first: int, last: int) -> Iterator[None]:
@@ -149,7 +148,8 @@ def adapted(base: BaseModel, bank: Cohort | Mixture | None) -> Iterator[None]:
 def _changed(layer: nn.Module, name: str, bank: Cohort) -> Iterator[None]:
     """Puts the bank's forward into the place of the layer's own."""
     before, plain = vars(layer).get("forward"), layer.forward
-    whole = type(layer) is nn.Linear and before is None and name in bank.factors
+    plain_product = name in bank.factors and f"{name}.{GATE}" not in bank.own
+    whole = type(layer) is nn.Linear and before is None and plain_product
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if whole and bank.dropout is None:

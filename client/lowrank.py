@@ -32,6 +32,25 @@ def low_rank(
     return result
 
 
+def gated(
+    x: torch.Tensor, seen: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gate: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """γ Σ_e g_e B_e A_e x [rows, L, out] for E experts of equal rank, g = softmax(G x) of every token: MoELoRA.
+
+    Args:
+        x: [rows, L, in], what the experts read; client-major as in `low_rank`.
+        seen: the same without dropout, what the gate reads.
+        a: [C, r, in], the experts' ranks one after another.
+        b: [C, out, r].
+        gate: G [C, E, in].
+        scaling: γ.
+    """
+    read, judged = (t.reshape(len(a), -1, t.shape[-1]).to(a.dtype) for t in (x, seen))
+    shares = torch.bmm(judged, gate.mT).softmax(-1)  # [C, tokens, E]
+    narrow = torch.bmm(read, a.mT).view(*shares.shape, -1) * shares.unsqueeze(-1)
+    return scaling * torch.bmm(narrow.flatten(2), b.mT).view(*x.shape[:-1], b.shape[1])
+
+
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(

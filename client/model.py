@@ -21,7 +21,7 @@ from fedstrata.client.features import NoPictures, Pictured, Pictures
 from fedstrata.client.loading import TINY, check_language_model, find, give_back, open_base
 from fedstrata.client.prompts import Prepared, Prompts
 from fedstrata.client.vision import Kept, Vision
-from fedstrata.core.config import LoraSection, ModelSection
+from fedstrata.core.config import LoraSection, ModelSection, StrategyConfig
 from fedstrata.core.errors import BadInput
 from fedstrata.core.shapes import find_layout, language_model
 from fedstrata.scenarios.stream import Example
@@ -33,6 +33,8 @@ class BaseModel:
     """A base with its processor, text encoder and the layout of the layers that adapters change.
 
     Attributes:
+        found: the LoRA of `lora.targets`.
+        layout: what the present run trains: that, or what its method has in the place of it (`train_as`).
         processor: a LLaVA's; None where the base is a language model alone.
         image_token: the image tag's token; None where the base sees no pictures.
     """
@@ -49,7 +51,7 @@ class BaseModel:
         self.device: torch.device = self.model.device
         self.name = section.name
         self.max_new_tokens = section.max_new_tokens
-        self.layout = find_layout(self.model, lora.targets, projector, lora.kind)
+        self.found = self.layout = find_layout(self.model, lora.targets, projector, lora.kind)
         self._encoder_name = section.text_encoder
         self._language = language_model(self.model)
         beside = [name for name, _, _ in self.layout.modules if not name.startswith(f"{self._language}.")]
@@ -74,6 +76,11 @@ class BaseModel:
         """The text encoder for identity tokens; loaded when a method first asks for it."""
         embedding = self.model.get_input_embeddings().weight
         return load_encoder(self._encoder_name, self.folder, self.tokenizer, embedding)
+
+    def train_as(self, strategy: StrategyConfig) -> None:
+        """Runs of one base follow each other in a process, and what each trains is its method's."""
+        hidden = self.model.config.get_text_config().hidden_size
+        self.layout = strategy.trains(self.found, hidden, lambda: self.encoder.dim)
 
     @cached_property
     def hash(self) -> str:

@@ -22,7 +22,7 @@ from fedstrata.client.lora import Cohort, adapted
 from fedstrata.client.model import BaseModel
 from fedstrata.client.optimiser import AdamW
 from fedstrata.client.tokens import tokens
-from fedstrata.core.adapters import Flat
+from fedstrata.core.adapters import STACKED, Flat
 from fedstrata.core.config import TrainSection
 from fedstrata.scenarios.stream import Example
 from fedstrata.strategies.base import LocalHalf
@@ -79,7 +79,7 @@ def train(
     Raises:
         BadInput: an example that is too long, or one whose text holds the image tag's token.
     """
-    if base.layout.kind != "lora":  # `core.adapters.unfusable`
+    if base.layout.kind not in STACKED:
         from fedstrata.client import alone  # it needs this module's loss
 
         return alone.train(base, jobs, settings, scaling, half, dtype, dropout)

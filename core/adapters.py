@@ -2,9 +2,9 @@
 
 Per layer, in the order of their names: A [rank, in], then B [out, rank], both row-major. The rank is not part of the
 layout: one layout serves a subspace of rank r and a concatenation of K of them. Kinds that hold more than A and B, or
-other things, have `vectors` behind them: dora's magnitudes, ia3's scales. A run that also trains the multimodal
-projector appends a dense tail. Vectors and tail are differences to the base's own values, row-major, 0 at the start:
-so a new adapter needs no weights, and a mean of differences is right.
+other things, have `vectors` behind them: dora's magnitudes, ia3's scales, what a method trains of its own. A run that
+also trains the multimodal projector appends a dense tail. Vectors and tail are differences to the base's own values,
+row-major, 0 at the start: so a new adapter needs no weights, and a mean of differences is right.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,11 @@ from fedstrata.core.seeds import generator
 Flat = npt.NDArray[np.float32]
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]  # (name in the base model, shape), in the order of the wire
 
+KINDS = ("lora", "dora", "ia3", "moelora")  # of a layout
+STACKED = ("lora", "moelora")  # kinds of which a cohort's adapters lie in one buffer
 FUSED = ("lora", "rslora")  # values of lora.kind whose cohorts are fused and whose adapters can be mixed
 LORA_A, LORA_B, MAGNITUDE, SCALE = "lora_A", "lora_B", "lora_magnitude_vector", "ia3_l"  # as PEFT calls them
+GATE = "lora_router"  # as CoIN calls it
 FEEDFORWARD = ("down_proj", "w2", "wo", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj")  # where PEFT's tables have them
 
 
@@ -43,12 +47,15 @@ class Layout:
     """The adapted Linear layers: (name in the base model, out features, in features), sorted by name.
 
     dense: the parameters of the tail: (name in the base model, shape), in the model's order; () without a tail.
-    kind: lora, dora or ia3; rslora is a lora whose scaling differs, and the scaling is no part of the layout.
+    kind: lora, dora or ia3; rslora is a lora whose scaling differs, and the scaling is no part of the layout. Other
+        kinds are a method's own: `core.config.StrategyConfig.trains`.
+    own: what such a kind has whatever the rank: moelora its gates.
     """
 
     modules: tuple[tuple[str, int, int], ...]
     dense: Parameters = ()
     kind: str = "lora"
+    own: Parameters = ()
 
     @property
     def width(self) -> int:
@@ -63,7 +70,7 @@ class Layout:
         if self.kind == "ia3":
             shapes = [(name, (1, inner) if feedforward(name) else (out, 1)) for name, out, inner in self.modules]
             return tuple((f"{name}.{SCALE}", shape) for name, shape in shapes)
-        return ()
+        return self.own
 
     @property
     def fixed(self) -> int:
@@ -133,7 +140,8 @@ class Layout:
         """The modules alone where there is nothing else to say, so that such a layout keeps its hash."""
         plain = self.kind == "lora" and not self.dense
         kind = {} if self.kind == "lora" else {"kind": self.kind}
-        return json.dumps(self.modules if plain else {"modules": self.modules, "dense": self.dense, **kind})
+        own = {"own": self.own} if self.own else {}
+        return json.dumps(self.modules if plain else {"modules": self.modules, "dense": self.dense, **kind, **own})
 
     @staticmethod
     def from_json(text: str) -> "Layout":
@@ -142,9 +150,10 @@ class Layout:
         tree = tree if isinstance(tree, dict) else {"modules": tree, "dense": []}
         modules = tuple((str(name), int(out), int(inner)) for name, out, inner in tree["modules"])
         kind = tree.get("kind", "lora")
-        if kind not in ("lora", "dora", "ia3"):
-            raise ValueError(f"a layout's kind is lora, dora or ia3, got {kind!r}")
-        return Layout(modules, tuple((str(name), tuple(map(int, shape))) for name, shape in tree["dense"]), kind)
+        if kind not in KINDS:
+            raise ValueError(f"a layout's kind is one of {', '.join(KINDS)}, got {kind!r}")
+        dense, own = (_parameters(tree.get(key, [])) for key in ("dense", "own"))
+        return Layout(modules, dense, kind, own)
 
     @property
     def hash(self) -> str:
@@ -177,6 +186,10 @@ def weighted_mean(flats: Sequence[Flat], weights: Sequence[float]) -> Flat:
     for flat, weight in zip(flats, weights, strict=True):
         mean += flat.astype(np.float64) * (weight / total)
     return mean.astype(np.float32)
+
+
+def _parameters(tree: Any) -> Parameters:
+    return tuple((str(name), tuple(map(int, shape))) for name, shape in tree)
 
 
 def _views(flat: Flat, parameters: Parameters) -> dict[str, Flat]:

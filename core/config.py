@@ -6,16 +6,19 @@
 import dataclasses
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedstrata.core.errors import BadInput, unknown
+
+if TYPE_CHECKING:
+    from fedstrata.core.adapters import Layout
 
 PROJECTORS = ("frozen", "shared")
 UPLOADS = ("float32", "bfloat16", "int8")
@@ -53,6 +56,14 @@ class StrategyConfig:
     def __post_init__(self) -> None:
         """A method's own `__post_init__` begins with `super().__post_init__()`."""
         require(self.projector in PROJECTORS, "strategy.projector", " or ".join(PROJECTORS), self.projector)
+
+    def trains(self, lora: "Layout", hidden: int, features: Callable[[], int]) -> "Layout":
+        """What is trained: the LoRA of `lora.targets`, or a method's own kind of adapter in its place.
+
+        hidden: width of the language model; features: gives the length of an identity feature, as a text encoder has
+        to be opened for it.
+        """
+        return lora
 
     @property
     def averages(self) -> bool:

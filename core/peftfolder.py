@@ -22,9 +22,14 @@ def peft_config(layout: Layout, rank: int, scaling: float, rslora: bool = False)
     """What `peft.get_peft_model` builds this layout's low-rank factors and vectors from; the tail is not in it.
 
     scaling: γ in ΔW = γ B A; PEFT writes it as lora_alpha / r, or with use_rslora as lora_alpha / √r.
+
+    Raises:
+        BadInput: a kind that is a method's own.
     """
     from peft import IA3Config, LoraConfig
 
+    if layout.own:
+        raise BadInput(f"adapters of kind {layout.kind} have parts that PEFT's format does not hold")
     targets = [name for name, _, _ in layout.modules]
     if layout.kind == "ia3":
         return IA3Config(target_modules=targets, feedforward_modules=[name for name in targets if feedforward(name)])

@@ -63,7 +63,8 @@ def layout(config: RunConfig) -> Layout:
         raise BadInput(f"model.name: {config.model.name!r}: {error}") from None
     with torch.device("meta"):
         model: Any = factory.from_config(settings)
-    return find_layout(model, config.lora.targets, config.strategy.projector, config.lora.kind)
+    found = find_layout(model, config.lora.targets, config.strategy.projector, config.lora.kind)
+    return config.strategy.trains(found, settings.get_text_config().hidden_size, lambda: token_dim(config))
 
 
 def architecture(settings: Any) -> Any:

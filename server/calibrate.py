@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Message
 
 from fedstrata.core import records
 from fedstrata.core.adapters import fresh
-from fedstrata.core.config import RunConfig
+from fedstrata.core.config import RunConfig, StrategyConfig
 from fedstrata.core.errors import FedstrataError
 from fedstrata.core.records import Assignment, Binding, Knowledge, Shard
 from fedstrata.server.participation import Visit
@@ -49,8 +49,9 @@ def measure(prepared: Prepared, visits: Sequence[Visit]) -> Speed:
 
 
 def plain(config: RunConfig) -> RunConfig:
-    """The same base, data and training without the method, one epoch long."""
-    method = FinetuneConfig(projector=config.strategy.projector)
+    """The same base, data and training without the method, one epoch long; its kind of adapter needs the method."""
+    own = type(config.strategy).trains is not StrategyConfig.trains
+    method = config.strategy if own else FinetuneConfig(projector=config.strategy.projector)
     return replace(config, strategy=method, train=replace(config.train, local_epochs=1))
 
 

@@ -17,6 +17,7 @@ from fedstrata.strategies.finetune import Finetune, Joint
 from fedstrata.strategies.flower import wrap
 from fedstrata.strategies.lwf import Lwf
 from fedstrata.strategies.mlora import MLora
+from fedstrata.strategies.moelora import MoELora
 from fedstrata.strategies.olora import OLora
 from fedstrata.strategies.replay import Replay
 from fedstrata.strategies.robust import FedMedian, FedTrimmed, Geomedian, MultiKrum
@@ -37,6 +38,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "scaffold": Scaffold,
     "ewc": Ewc,
     "lwf": Lwf,
+    "moelora": MoELora,
     "olora": OLora,
     "replay": Replay,
     "mlora": MLora,

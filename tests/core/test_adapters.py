@@ -205,7 +205,7 @@ def test_a_kind_shows_in_json_and_hash() -> None:
     for layout in (DORA, IA3):
         assert Layout.from_json(layout.to_json()) == layout
     assert len({TWO.hash, DORA.hash, Layout(TWO.modules, kind="ia3").hash}) == 3
-    with pytest.raises(ValueError, match="kind is lora, dora or ia3, got 'vera'"):
+    with pytest.raises(ValueError, match="kind is one of lora, dora, ia3, .*got 'vera'"):
         Layout.from_json(DORA.to_json().replace("dora", "vera"))
 
 
