@@ -245,6 +245,8 @@ class EvaluateSection:
     split: str = "test"  # test | val; tune on val, report on test
     shard: int = 50  # examples of one evaluate message: fixed, so that scores do not depend on the actors
     batch_size: int = 50
+    pretrained: str = ""  # a scenario of tasks that the base could do before, scored once more at a run's end
+    unseen: str = ""  # a scenario of which the tasks that the run does not have are scored at its end, zero-shot
 
     def __post_init__(self) -> None:
         require(self.split in ("test", "val"), "evaluate.split", "test or val", self.split)

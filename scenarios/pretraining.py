@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedstrata.core.seeds import generator
 from fedstrata.scenarios import pretraining_pictures as pictures
 from fedstrata.scenarios.pretraining_pictures import Drawn, Rng
-from fedstrata.scenarios.stream import Example, Pixels
+from fedstrata.scenarios.stream import Example, Pixels, Task
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,18 @@ def _example(rng: Rng, name: str, index: int) -> Example:
     picture, slots, answer = maker.draw(rng)
     question = maker.prompts[pictures.pick(rng, len(maker.prompts))].format(**slots)
     return Example(f"{name}-{index}", question, answer, Pixels(picture))
+
+
+def pretraining_task(name: str, seed: int, train: int, val: int, test: int) -> Task:
+    """One of `PRETRAINING_TASKS` drawn anew, to see what a base can do; it may hold what the base was trained on."""
+    return Task(
+        name,
+        train=_split(name, "train", seed, train),
+        val=_split(name, "val", seed, val),
+        test=_split(name, "test", seed, test),
+    )
+
+
+def _split(name: str, split: str, seed: int, count: int) -> tuple[Example, ...]:
+    rng = generator(seed, "pretraining task", name, split)
+    return tuple(_example(rng, name, index) for index in range(count))

@@ -17,6 +17,7 @@ from fedstrata.scenarios.images import open_images
 from fedstrata.scenarios.jsonfile import is_folder
 from fedstrata.scenarios.mini import ANSWERS, MINI_TASKS, mini_task
 from fedstrata.scenarios.mini_domain import DOMAIN_ANSWERS, DOMAIN_TASKS, domain_task
+from fedstrata.scenarios.pretraining import PRETRAINING_TASKS, pretraining_task
 from fedstrata.scenarios.rows import Hashes, Rows, rows_of
 from fedstrata.scenarios.stream import Example, Task
 
@@ -24,11 +25,12 @@ MOST_HELD_OUT = 100
 MOST_ANSWERS = 10_000  # a task with more different ones is open-ended: it has no vocabulary
 Vocabulary = frozenset[str] | None
 Draw = Callable[[str, int, int, int, int], Task]
-GENERATORS: Mapping[str, tuple[Sequence[str], Draw, Mapping[str, frozenset[str]]]] = {
+GENERATORS: Mapping[str, tuple[Sequence[str], Draw, Mapping[str, Vocabulary]]] = {
     "fcit-mini": (MINI_TASKS, mini_task, ANSWERS),
     "fcit-mini-domain": (DOMAIN_TASKS, domain_task, DOMAIN_ANSWERS),
+    "pretraining": (PRETRAINING_TASKS, pretraining_task, dict.fromkeys(PRETRAINING_TASKS)),
 }
-"""Generator → (its tasks, the function that draws one, each task's answers)."""
+"""Generator → (its tasks, the function that draws one, each task's answers, None where they are open-ended)."""
 
 
 def load(

@@ -34,14 +34,19 @@ def split_recipe(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def _absolute(config: RunConfig) -> RunConfig:
     """Paths become absolute: actors, and a later resume, may stand in another folder."""
-    scenario, model = config.scenario, config.model
-    if "/" in scenario.name or scenario.name.endswith((".yaml", ".yml")):
-        scenario = replace(scenario, name=str(Path(scenario.name).resolve()))
+    scenario, model, evaluate = config.scenario, config.model, config.evaluate
+    scenario = replace(scenario, name=_found(scenario.name))
+    evaluate = replace(evaluate, pretrained=_found(evaluate.pretrained), unseen=_found(evaluate.unseen))
     if scenario.root:
         scenario = replace(scenario, root=str(Path(scenario.root).resolve()))
     if Path(model.name).is_dir():
         model = replace(model, name=str(Path(model.name).resolve()))
-    return replace(config, scenario=scenario, model=model)
+    return replace(config, scenario=scenario, model=model, evaluate=evaluate)
+
+
+def _found(scenario: str) -> str:
+    """The absolute path of a scenario file; a packaged name as it is."""
+    return str(Path(scenario).resolve()) if "/" in scenario or scenario.endswith((".yaml", ".yml")) else scenario
 
 
 def _recipe(recipe: str) -> dict[str, Any]:

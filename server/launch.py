@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.core.metrics import AccuracyMatrix
 from fedstrata.core.records import Description
 from fedstrata.core.tracking import open_tracker, plain
-from fedstrata.server import memory, resuming
+from fedstrata.server import beyond, memory, resuming
 from fedstrata.server.checkpoint import Found
 from fedstrata.server.chronicle import Chronicle
 from fedstrata.server.display import Display
@@ -45,6 +45,7 @@ def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
     """
     folder = _free_folder(config)
     _hello(config, folder, console)
+    beyond.check(config)
     prepared = prepare(config, grid)
     try:
         with storage(folder), locked(folder):
@@ -120,12 +121,14 @@ def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None
     config, progress = prepared.config, federation.progress
     all_rounds = config.federation.rounds_per_stage * len(prepared.scenario.stages)
     status, began = "failed", time.perf_counter() - progress.wall_seconds
+    elsewhere: dict[str, float | None] = {}
     try:
         if start:
             _tell_resumed(federation, start)
         skipped = federation.run().skipped_rounds
         if skipped * 2 > all_rounds:
             raise FedstrataError(f"{skipped} of {all_rounds} rounds were skipped; see {folder / 'events.jsonl'}")
+        elsewhere = beyond.score(federation, prepared.strategy)
         status = "completed"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -135,7 +138,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None
         raise
     finally:
         federation.chronicle.display.close()
-        _finish(federation, prepared.description, status, time.perf_counter() - began)
+        _finish(federation, prepared.description, status, time.perf_counter() - began, elsewhere)
         write_report(folder)
     return folder
 
@@ -198,11 +201,14 @@ def _started(prepared: Prepared, strategy: Strategy) -> dict[str, Any]:
     }
 
 
-def _finish(federation: Federation, description: Description, status: str, wall: float) -> None:
+def _finish(
+    federation: Federation, description: Description, status: str, wall: float, elsewhere: Mapping[str, float | None]
+) -> None:
     federation.progress = replace(federation.progress, wall_seconds=wall)
     rejected = dict(federation.progress.rejected)
     planned = compare(RunFolder(federation.folder).events(), actual_of(federation.progress))
-    summary = plain({**summarise(federation, description, status), "rejected": rejected, "plan": planned})
+    told = {**summarise(federation, description, status), **elsewhere}
+    summary = plain({**told, "rejected": rejected, "plan": planned})
     with closing(federation.chronicle.tracker) as tracker:
         durable.write_atomic(federation.folder / SUMMARY, json.dumps(summary, indent=1).encode())
         tracker.event("run_finished", **summary)

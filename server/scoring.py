@@ -61,7 +61,7 @@ def _added(before: tuple[float, ...] | None, more: tuple[float, ...]) -> tuple[f
 def score_row(federation: "Federation", stage: int) -> tuple[Progress, dict[str, list[int]]]:
     """Scores all tasks, keeps the predictions, and returns the progress with a new row and {task: hits}."""
     shards = cut(federation.scenario, federation.config.evaluate.split, federation.config.evaluate.shard)
-    replies, moved = _ask(federation, shards, stage)
+    replies, moved = ask(federation, shards, stage)
     scores = [TaskScore() for _ in federation.scenario.tasks]
     for shard, reply in zip(shards, replies, strict=True):
         scores[shard.task].add(reply)
@@ -104,7 +104,7 @@ def trained(federation: "Federation", stage: int) -> list[str]:
     return [tasks[index].name for index in federation.scenario.stages[stage - 1]]
 
 
-def _ask(federation: "Federation", shards: Sequence[Shard], stage: int) -> tuple[list[ScoreReply], int]:
+def ask(federation: "Federation", shards: Sequence[Shard], stage: int) -> tuple[list[ScoreReply], int]:
     """Every shard's score, and the bytes that moved. A bad reply is asked for once more, of another node.
 
     Raises:
