@@ -16,7 +16,7 @@ import numpy as np
 from fedstrata import scenarios
 from fedstrata.benchmarks.measure import Result
 from fedstrata.client.app import base_of
-from fedstrata.client.evaluation import identify
+from fedstrata.client.identity import identify
 from fedstrata.client.model import BaseModel
 from fedstrata.client.release import release
 from fedstrata.core.config import RunConfig

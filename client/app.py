@@ -19,6 +19,7 @@ from PIL import Image
 from fedstrata import scenarios
 from fedstrata.client.evaluation import Answerer, score
 from fedstrata.client.footprint import footprint, peak
+from fedstrata.client.identity import identity
 from fedstrata.client.model import BaseModel, load_base
 from fedstrata.client.release import data_name, noise_key, release
 from fedstrata.client.training import Job
@@ -28,7 +29,7 @@ from fedstrata.core.adapters import Flat
 from fedstrata.core.config import RunConfig, from_dict
 from fedstrata.core.errors import BadInput
 from fedstrata.core.estimate import shape_of
-from fedstrata.core.privacy import own_least
+from fedstrata.core.privacy import own_least, token_options
 from fedstrata.core.records import Assignment, Description, TrainReply, TrainTask
 from fedstrata.core.seeds import derive, generator
 from fedstrata.scenarios.stream import Example, Pixels, Scenario
@@ -105,7 +106,7 @@ def evaluate(message: Message, context: Context) -> Message:
     task = scenario.tasks[shard.task]
     examples = list(getattr(task, shard.split)[shard.start : shard.stop])
     router = find(config.strategy.name).router(knowledge)
-    answerer = Answerer(base, knowledge, router, config.lora.scaling)
+    answerer = Answerer(base, knowledge, router, config.lora.scaling, token_options(config.strategy).token)
     limits = (config.evaluate.batch_size, config.train.max_length, config.train.overlong)
     answers = answerer.answer(examples, shard.task, *limits)
     scores = score(task, examples, answers, scenario.vocabulary(shard.task), shard.split)
@@ -134,7 +135,7 @@ def answer_describe(message: Message, context: Context) -> Message:
     partition = int(context.node_config.get("partition-id", -1))
     facts: dict[str, Any] = {"encoder": "", "dim": 0, "tau": 0.0, "epsilon": 0.0}
     if find(config.strategy.name).needs_tokens:
-        encoder = base.encoder
+        encoder = identity(base, token_options(config.strategy).token)
         facts = {"encoder": encoder.name, "dim": encoder.dim, "tau": encoder.tau, "epsilon": encoder.epsilon}
     facts |= {"shape": shape_of(base.model.config).to_json(), "machine": footprint(base.model, base.device).to_json()}
     description = Description(partition, base.layout.to_json(), base.name, base.hash, **facts)
@@ -149,7 +150,7 @@ def answer_question(message: Message, context: Context) -> Message:
     text, picture = records.read_question(message)
     image = Pixels(np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))) if picture else None
     router = find(config.strategy.name).router(knowledge)
-    answerer = Answerer(base, knowledge, router, config.lora.scaling)
+    answerer = Answerer(base, knowledge, router, config.lora.scaling, token_options(config.strategy).token)
     limits = (1, config.train.max_length, config.train.overlong)
     answers = answerer.answer([Example("question", text, "", image)], 0, *limits)
     return records.answer_reply(answers.texts[0], answers.weights[0].tolist(), message)

@@ -11,16 +11,16 @@ import torch
 from fedstrata.client.alone import batches_of
 from fedstrata.client.banks import bank_of
 from fedstrata.client.generation import decode, generate, greedy, passing, questions
+from fedstrata.client.identity import identity
 from fedstrata.client.model import BaseModel
 from fedstrata.core.answers import normalise
-from fedstrata.core.identity import Token
 from fedstrata.core.records import Knowledge, ScoreReply
 from fedstrata.core.scoring import SCORERS
 from fedstrata.scenarios.rows import rows_of
 from fedstrata.scenarios.stream import Example, Task
 from fedstrata.strategies.base import Inputs, Router, Weights
 
-__all__ = ["Answerer", "Answers", "context_of", "generate", "identify", "references", "score"]
+__all__ = ["Answerer", "Answers", "context_of", "generate", "references", "score"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,11 @@ class Answers:
 class Answerer:
     """A base model with one state of knowledge on it; several shards may be asked of it."""
 
-    def __init__(self, base: BaseModel, knowledge: Knowledge, router: Router, scaling: float) -> None:
-        self.base, self.router = base, router
+    def __init__(
+        self, base: BaseModel, knowledge: Knowledge, router: Router, scaling: float, token: str = "text"
+    ) -> None:
+        """token: what the router's features are made of, text | image | both."""
+        self.base, self.router, self.token = base, router, token
         self.bank = bank_of(base, knowledge, scaling)
 
     def answer(
@@ -58,14 +61,8 @@ class Answerer:
         """α [B, K] of the examples."""
         features = None
         if self.router.needs_features and self.bank is not None:
-            features = self.base.encoder.encode([example.question for example in examples]).numpy()
+            features = identity(self.base, self.token).encode(examples).numpy()
         return self.router.weights(Inputs(features, [task] * len(examples), [example.id for example in examples]))
-
-
-def identify(base: BaseModel, examples: Sequence[Example]) -> Token:
-    """A client's identity token: the mean feature over all of its instructions."""
-    features = base.encoder.encode([example.question for example in examples])
-    return Token(features.double().mean(0).float().numpy(), len(examples))
 
 
 def score(

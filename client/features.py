@@ -13,6 +13,7 @@ from fedstrata.scenarios.stream import ImageSource
 
 CACHE_BYTES = 512 * 2**20
 CHUNK = 64  # pictures in one forward of the vision tower
+GLANCES = 2**15  # pictures whose mean feature is kept
 
 
 class Pictured(Protocol):
@@ -29,6 +30,7 @@ class Pictures:
         self.vision = vision
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
+        self._glances: dict[str, torch.Tensor] = {}
         self._count = vision.tokens() if vision.kept is Kept.PIXELS else 0
 
     def of(self, examples: Sequence[Pictured]) -> list[torch.Tensor | None]:
@@ -62,6 +64,18 @@ class Pictures:
         if not self._count and first is not None:
             self._count = len(cast(torch.Tensor, self.of([first])[0]))
         return self._count
+
+    def glance(self, examples: Sequence[Pictured]) -> list[torch.Tensor | None]:
+        """Per example the mean of what the frozen tower sees in its picture [tower's hidden], None without one."""
+        keys = [None if example.image is None else example.image.key() for example in examples]
+        missing = {k: e.image for k, e in zip(keys, examples, strict=True) if k is not None and k not in self._glances}
+        names, found = list(missing), dict(self._glances)
+        for start in range(0, len(names), CHUNK):
+            chunk = names[start : start + CHUNK]
+            seen = self.vision.glance([cast(ImageSource, missing[name]) for name in chunk])
+            found.update(zip(chunk, seen, strict=True))
+        self._glances = found if len(found) <= GLANCES else {name: found[name] for name in names[-GLANCES:]}
+        return [None if key is None else found[key] for key in keys]
 
     def finish(self, features: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """What the language model reads of a batch's features, [image tokens, hidden] per row."""
@@ -99,6 +113,10 @@ class NoPictures:
     def warm(self, examples: Sequence[Pictured]) -> None:
         """Nothing is kept."""
         self.of(examples)
+
+    def glance(self, examples: Sequence[Pictured]) -> list[torch.Tensor | None]:
+        """None for each example. Raises `BadInput` when one has a picture."""
+        return self.of(examples)
 
     def count(self, examples: Sequence[Pictured]) -> int:
         """No image tokens."""

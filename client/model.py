@@ -95,6 +95,12 @@ class BaseModel:
         return cast(nn.Module, self.model.get_submodule(name))
 
     @property
+    def sight(self) -> int:
+        """Numbers of the vision tower's feature of one picture token."""
+        layers, tower = self.model.config.vision_feature_layer, self.model.config.vision_config
+        return int(tower.hidden_size) * (len(layers) if isinstance(layers, list | tuple) else 1)
+
+    @property
     def backbone(self) -> Any:
         """The language model without its head: inputs_embeds [B, L, hidden] → last_hidden_state of the same shape."""
         return self.module(self._language)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from flwr.app import ConfigRecord, Context
 
-from fedstrata.client.evaluation import identify
+from fedstrata.client.identity import identify, identity
 from fedstrata.client.model import BaseModel
 from fedstrata.core.config import RunConfig
 from fedstrata.core.identity import Token
@@ -27,10 +27,10 @@ def release(base: BaseModel, examples: Sequence[Example], config: RunConfig, key
     """
     options = token_options(config.strategy)
     if not options.token_noise and options.token_clip is None:
-        return identify(base, examples)
-    bound, count = options.token_clip or base.encoder.norm, len(examples)
-    features = base.encoder.encode([example.question for example in examples])
-    mean = clipped(features.numpy(), bound).mean(axis=0)
+        return identify(base, examples, options.token)
+    encoder = identity(base, options.token)
+    bound, count = options.token_clip or encoder.norm, len(examples)
+    mean = clipped(encoder.encode(examples).numpy(), bound).mean(axis=0)
     if options.token_noise:
         spread = options.token_noise * mean_sensitivity(bound, count)
         mean += spread * gaussian(key, ["token", what, options.token_noise, bound, count], mean.size)

@@ -66,6 +66,13 @@ class Vision:
         return [None if feature is None else row for feature, row in zip(features, done, strict=True)]
 
     @torch.no_grad()
+    def glance(self, sources: Sequence[ImageSource]) -> list[torch.Tensor]:
+        """The mean of the frozen tower's tokens of each picture, [tower's hidden] fp32 on the CPU."""
+        with _bare(self.model):
+            seen = self._see(self._pixels([self.fitted(source.open()) for source in sources]))
+        return [tokens.float().mean(0).cpu() for tokens in seen]
+
+    @torch.no_grad()
     def tokens(self) -> int:
         """Image tokens of a picture, from a blank one, before any adapter is on the tower."""
         return len(self._see(self._pixels([Image.new("RGB", (64, 64))]))[0])

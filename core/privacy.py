@@ -18,6 +18,7 @@ from fedstrata.core.config import MULTIPLIER, StrategyConfig, multiplier, requir
 from fedstrata.core.errors import BadInput
 
 Matrix = npt.NDArray[np.float64]
+TOKENS = ("text", "image", "both")
 LEAST = "FEDSTRATA_TOKEN_MIN_SAMPLES"  # a client's own limit; it may only be higher than the server's
 
 
@@ -25,6 +26,7 @@ LEAST = "FEDSTRATA_TOKEN_MIN_SAMPLES"  # a client's own limit; it may only be hi
 class TokenConfig(StrategyConfig):
     """Options of every method that asks for identity tokens."""
 
+    token: str = "text"  # text | image | both: what of an instruction its identity is made of
     token_min_samples: int = 1  # a client with fewer instructions sends no token, and is listed
     token_noise: float = 0.0  # z of the Gaussian noise that a client adds to its token; 0: none
     token_clip: float | None = None  # largest norm of one instruction's feature; null: the encoder's own, with noise
@@ -32,6 +34,7 @@ class TokenConfig(StrategyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.token in TOKENS, "strategy.token", " | ".join(TOKENS), self.token)
         key = "strategy.token_"
         require(self.token_min_samples >= 1, key + "min_samples", "at least 1", self.token_min_samples)
         require(multiplier(self.token_noise), key + "noise", MULTIPLIER, self.token_noise)

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from fedstrata.client.app import base_of
 from fedstrata.client.encoder import ClipTextEncoder
-from fedstrata.client.evaluation import identify
+from fedstrata.client.identity import identify
 from fedstrata.client.model import BaseModel
 from fedstrata.client.release import NOISE, noise_key, release
 from fedstrata.core.config import FederationSection, RunConfig
