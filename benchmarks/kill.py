@@ -1,13 +1,16 @@
 """kill -9 at random times: is a committed round ever lost, does a resumed run end with other bits?
 
-    python benchmarks/kill.py --trials 50 --ray 10 --json docs/kill.json
+    python benchmarks/kill.py --all --trials 40 --ray 10 --json docs/kill.json  # everything below, in one call
+    python benchmarks/kill.py --trials 40                      # all processes killed at random times
+    python benchmarks/kill.py --ray 10                         # the same over Ray
     python benchmarks/kill.py --trials 10 --power-cut          # un-flushed data and renames are lost, too
     python benchmarks/kill.py --trials 10 --break fsync        # the same without a flush: must report losses
     python benchmarks/kill.py --points                         # every crash point of every commit
+    python benchmarks/kill.py --ray 3 --fault raylet           # one of Ray's processes alone (raylet | actor | stop)
 
 Every trial runs fcit-mini-short (train.local_epochs=1), is killed up to `--kills` times with all its processes, and
-is resumed until it ends; its final state must have the hash of an uninterrupted run's. `--ray` of the trials use Ray,
-the others the in-process grid. Exit code 1 where a commit was lost or a bit differs.
+is resumed until it ends; its final state must have the hash of an uninterrupted run's. `--trials` use the in-process
+grid. Exit code 1 where a commit was lost or a bit differs; with `--all` also where a control loses nothing.
 """
 
 import os
@@ -17,7 +20,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import argparse
-import importlib.util
+import importlib
 import json
 import platform
 import sys
@@ -26,64 +29,79 @@ import time
 from pathlib import Path
 from typing import Any
 
-HARNESS = Path(__file__).parents[1] / "tests" / "faults" / "harness.py"
+HARNESS = Path(__file__).parents[1] / "tests" / "faults"
+COUNTS = ("trials", "good", "kills", "commits_lost", "other_bits", "not_ended")
+Part = tuple[str, int, dict[str, Any]]  # grid, number of trials, fields of the harness's plan
 
 
 def main() -> int:
     arguments = _arguments()
-    harness = _load()
+    sys.path.insert(0, str(HARNESS))
+    harness: Any = importlib.import_module("harness")
     import torch
 
     torch.set_num_threads(1)
-    began, parts = time.monotonic(), []
-    plan = harness.Plan(arguments.kills, arguments.power_cut or bool(arguments.leave_out), arguments.leave_out)
+    began, parts, bad = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory(prefix="kill-") as name:
         harness.warm(["federation.grid=inprocess"])
-        for grid, seeds in _dealt(arguments):
-            if seeds:
-                words = [f"federation.grid={grid}"]
-                parts.append(harness.run_trials(Path(name) / grid, seeds, words, plan))
-        if arguments.points:
-            chosen = harness.Plan(0, points=harness.POINTS, rotate=arguments.rotate)
-            words = ["federation.grid=inprocess"]
-            parts.append(harness.run_trials(Path(name) / "points", [arguments.seed], words, chosen))
-    result = {"version": 1, "machine": _machine(), "seconds": round(time.monotonic() - began, 1), "runs": parts}
-    for part in parts:
-        print(
-            {key: part[key] for key in ("words", "trials", "good", "kills", "commits_lost", "other_bits", "not_ended")}
-        )
+        for number, (grid, trials, fields) in enumerate(_suite(arguments) if arguments.all else _asked(arguments)):
+            seeds, words = range(arguments.seed, arguments.seed + trials), [f"federation.grid={grid}"]
+            plan = harness.Plan(**{"kills": arguments.kills, **fields})
+            part = harness.run_trials(Path(name) / str(number), seeds, words, plan)
+            print(words, fields, {key: part[key] for key in COUNTS}, flush=True)
+            control = arguments.all and plan.leave_out
+            bad += not part["commits_lost"] if control else part["good"] < part["trials"]
+            parts.append(part)
+    result = {"version": 1, "command": f"python benchmarks/kill.py {' '.join(sys.argv[1:])}", "machine": _machine()}
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(any(part["good"] < part["trials"] for part in parts))
+        whole = {**result, "seconds": round(time.monotonic() - began, 1), "runs": parts}
+        arguments.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return int(bad > 0)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=0)
-    parser.add_argument("--ray", type=int, default=0, help="how many of the trials use Ray")
+    parser.add_argument("--all", action="store_true", help="every experiment, as docs/durability.md lists them")
+    parser.add_argument("--trials", type=int, default=0, help="in one process each")
+    parser.add_argument("--ray", type=int, default=0, help="further trials, over Ray")
     parser.add_argument("--kills", type=int, default=3, help="at most, per trial")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--power-cut", action="store_true")
     parser.add_argument("--break", dest="leave_out", default="", choices=["fsync", "rename"])
+    parser.add_argument("--fault", default="", choices=["raylet", "actor", "stop"], help="for the trials over Ray")
     parser.add_argument("--points", action="store_true", help="one run, broken off at every named crash point")
     parser.add_argument("--rotate", action="store_true", help="with --points: each commit at one of them")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def _dealt(arguments: argparse.Namespace) -> list[tuple[str, list[int]]]:
-    seeds = list(range(arguments.seed, arguments.seed + arguments.trials))
-    return [("inprocess", seeds[: len(seeds) - arguments.ray]), ("ray", seeds[len(seeds) - arguments.ray :])]
+def _asked(arguments: argparse.Namespace) -> list[Part]:
+    """What the options name, one by one."""
+    cut = {"power_cut": arguments.power_cut or bool(arguments.leave_out), "leave_out": arguments.leave_out}
+    parts: list[Part] = [
+        ("inprocess", arguments.trials, cut),
+        ("ray", arguments.ray, {**cut, "fault": arguments.fault}),
+    ]
+    if arguments.points:
+        parts.append(("inprocess", 1, _points(arguments.rotate)))
+    return [part for part in parts if part[1]]
 
 
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("harness", HARNESS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["harness"] = module
-    spec.loader.exec_module(module)
-    return module
+def _suite(arguments: argparse.Namespace) -> list[Part]:
+    """Everything; --trials and --ray say how much of it."""
+    some, few = max(1, arguments.trials // 4), max(2, arguments.trials // 10)
+    return [
+        ("inprocess", arguments.trials, {}),
+        ("ray", arguments.ray, {}),
+        ("inprocess", 1, _points(arguments.rotate)),
+        ("inprocess", some, {"power_cut": True}),
+        *[("inprocess", few, {"power_cut": True, "leave_out": flush}) for flush in ("fsync", "rename")],
+        *[("ray", max(1, arguments.ray // 2), {"fault": fault}) for fault in ("raylet", "actor", "stop")],
+    ]
+
+
+def _points(rotate: bool) -> dict[str, Any]:
+    return {"kills": 0, "points": importlib.import_module("harness").POINTS, "rotate": rotate}
 
 
 def _machine() -> dict[str, Any]:

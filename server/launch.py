@@ -133,6 +133,9 @@ def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None
     except KeyboardInterrupt:
         status = "interrupted"
         raise Interrupted(f"interrupted; to go on from the last round: fedstrata resume {folder}") from None
+    except Interrupted as error:
+        status = "interrupted"
+        raise Interrupted(f"{error}; the last commit stands; to go on from it: fedstrata resume {folder}") from None
     except OSError:
         status = "interrupted"  # `storage` says why
         raise

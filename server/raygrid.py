@@ -20,10 +20,11 @@ from fedstrata.server.crew import Crew, Worker
 from fedstrata.server.grids import CLIENT_APP, LocalGrid, units
 from fedstrata.server.parcels import pack, unpack
 from fedstrata.server.placement import Wanted, place
-from fedstrata.server.raystart import start_ray, stop_ray
+from fedstrata.server.raystart import check_ray, death, start_ray, stop_ray
 
 TRIES = 3  # of one unit, when its actor dies under it or takes too long
 FOREVER = float("inf")
+PULSE = 1.0  # seconds after which a wait looks whether Ray still lives
 
 
 class RayGrid(LocalGrid):
@@ -69,7 +70,8 @@ class RayGrid(LocalGrid):
         """Called for every unit when it is finished, in the order in which they finish."""
 
     def close(self) -> None:
-        self.crew.close()
+        if not death():
+            self.crew.close()
         stop_ray()
 
 
@@ -101,10 +103,17 @@ class _Exchange:
         self.store = _Store()
 
     def run(self) -> dict[str, Message]:
-        """Request id → reply; behind the deadline the caller sees which ones are missing."""
+        """Request id → reply; behind the deadline the caller sees which ones are missing.
+
+        Raises:
+            Interrupted: Ray itself has died.
+        """
         try:
             while (self.waiting or self.running) and self._step():
                 pass
+        except Exception:
+            check_ray()  # then that is the reason, whatever broke first
+            raise
         finally:
             for reference, running in self.running.items():
                 self.crew.leave(reference, running.actor)
@@ -112,11 +121,13 @@ class _Exchange:
 
     def _step(self) -> bool:
         """Hands out what can be, and takes in what comes next; whether there is time left."""
+        check_ray()  # to put or fetch an object without Ray ends this process on the spot
         while self.waiting and self.crew.free:
             self._submit(self.waiting.pop(), self.crew.free.pop())
         until = min([self.deadline, *(running.until for running in self.running.values())])
-        patience = None if until == FOREVER else max(0.0, until - time.monotonic())
+        patience = min(PULSE, max(0.0, until - time.monotonic()))
         ready, _ = ray.wait([*self.running, *self.crew.coming], timeout=patience)
+        check_ray()
         if ready and ready[0] in self.running:
             self._take(ready[0], self.running.pop(ready[0]))
         elif ready:

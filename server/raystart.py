@@ -5,9 +5,14 @@ token of its own, which lives in the environment of its processes and nowhere el
 user's own settings hold (RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token).
 """
 
+import atexit
 import logging
 import os
 import secrets
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +31,11 @@ from ray._raylet import (  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import RayError
 
-from fedstrata.core.errors import BadInput, FedstrataError
+from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 
 RAY_VERSION = "2.55.1"  # of which the private corners above are; a test names it
 KEY = "federation.ray_address"
+DEAD = "Ray's raylet has died"
 PATIENCE = 10.0  # seconds in which a cluster must answer
 
 
@@ -48,11 +54,48 @@ def start_ray(cpus: int, address: str = "") -> None:
         _begin(cpus)
 
 
+def death() -> str:
+    """What became of the raylet that was started here, if it died; empty while it lives.
+
+    Ray itself would end this process from within, without a word in the run folder. The raylet of a cluster that we
+    joined is not our child; when it dies, that is what happens.
+    """
+    codes = [raylet.poll() for raylet in _raylets()]
+    return next((f"{DEAD} (exit code {code})" for code in codes if code is not None), "")
+
+
+def _raylets() -> list[subprocess.Popen[bytes]]:
+    node = ray._private.worker._global_node
+    return [raylet.process for raylet in node.all_processes.get("raylet", [])] if node else []
+
+
+def _watch(raylet: subprocess.Popen[bytes]) -> None:
+    """Says it at once: the next object that is put, fetched or let go of may end this process before `check_ray`."""
+    if raylet.wait() not in (0, -signal.SIGTERM):
+        print(f"{DEAD}; the last commit stands: fedstrata resume goes on from it", file=sys.stderr, flush=True)
+
+
+def check_ray() -> None:
+    """Raises Interrupted when nothing is served any more."""
+    if reason := death():
+        raise Interrupted(reason)
+
+
 def stop_ray() -> None:
     """Ends the Ray that was started here, or leaves the cluster, which goes on without us."""
+    if death():
+        _abandon()
+        return
     ray.shutdown()
     if not ray.is_initialized():
         _read_again()
+
+
+def _abandon() -> None:
+    """Ends what a dead raylet left running. Ray's own shutdown, now or at exit, would end this process with code 1."""
+    node: Any = ray._private.worker._global_node
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
+    atexit.unregister(ray.shutdown)
 
 
 def _begin(cpus: int) -> None:
@@ -68,6 +111,8 @@ def _begin(cpus: int) -> None:
             configure_logging=True,
             logging_level=logging.ERROR,
         )
+    for raylet in _raylets():
+        threading.Thread(target=_watch, args=(raylet,), daemon=True).start()
 
 
 def _join(address: str) -> None:

@@ -4,6 +4,8 @@ A trial forks a run (this process has imported everything and loaded the base), 
 at a seeded random time, resumes, and so on. `acknowledged` is what the run itself was told is on the disk. With a
 power cut, what had not been flushed is gone, too: un-flushed data are halved or emptied, and any of the renames and
 removals since a folder's last flush are undone. SIGKILL alone leaves the page cache and can never show a lacking flush.
+
+A `fault` hits one of Ray's processes instead, once: the run must go on, or end with a word about it and be resumed.
 """
 
 import json
@@ -27,6 +29,12 @@ from fedstrata.server import checkpoint, configure, launch
 
 STEPS = ("put", "sync_file", "rename", "sync_folder", "remove")
 POINTS = tuple((step, when, role) for step in STEPS for when in ("before", "after") for role in ("blob", "manifest"))
+FAULTS = {  # process that is hit (its name begins so), signal, config that the run needs to live with it
+    "raylet": ("raylet", signal.SIGKILL, ()),
+    "actor": ("ray::Worker", signal.SIGKILL, ()),
+    "stop": ("ray::Worker", signal.SIGSTOP, ("federation.cohort_timeout=40",)),
+}
+PATIENCE = 300.0  # seconds in which a run must end after a fault
 BREAKS = {"fsync": "sync_file", "rename": "sync_folder"}  # what is left out: the flush of the data or of the rename
 DONE = "done"
 
@@ -40,6 +48,7 @@ class Plan:
         power_cut: every kill takes what was not flushed along.
         leave_out: "fsync" or "rename": the flush that is removed from the product, to see that the harness can fail.
         points: crash points; each breaks off every commit once, or commit n the n-th of them alone (`rotate`).
+        fault: "raylet", "actor" or "stop": which of Ray's processes is killed (stopped) instead of all of them.
     """
 
     kills: int = 3
@@ -47,11 +56,17 @@ class Plan:
     leave_out: str = ""
     points: tuple[tuple[str, str, str], ...] = ()
     rotate: bool = False
+    fault: str = ""
 
 
 @dataclass
 class Trial:
-    """What came of one trial; lost: acknowledged commits that were not there after a kill."""
+    """What came of one trial.
+
+    Attributes:
+        lost: acknowledged commits that were not there after a kill.
+        exits: how every process ended that ended by itself; after a fault more than one: the run was resumed.
+    """
 
     seed: int
     grid: str
@@ -61,6 +76,7 @@ class Trial:
     same: bool = False
     seconds: float = 0.0
     commits_at_kills: list[int] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
@@ -294,11 +310,47 @@ def run_trial(seed: int, root: Path, words: Sequence[str], plan: Plan, expected:
             place, lasts = Place(root), 0.9 * lasts
         else:
             trial.ended = DONE if code == 0 else f"exit {code}: {place.log.read_text()[-300:]}"
+    return _finished(trial, place, expected, began)
+
+
+def _finished(trial: Trial, place: Place, expected: str, began: float) -> Trial:
     if trial.ended == DONE:
         trial.same = place.summary()["final_state_sha256"] == expected
         trial.lost += max(0, place.acknowledged() - _newest(place))
     trial.seconds = round(time.monotonic() - began, 2)
     return trial
+
+
+def run_fault(seed: int, root: Path, words: Sequence[str], plan: Plan, expected: str) -> Trial:
+    """One of Ray's processes is hit in the round after a random commit; what has ended with a word is resumed."""
+    name, number, needs = FAULTS[plan.fault]
+    trial, place, rng, began = Trial(seed, "ray"), Place(root), random.Random(seed), time.monotonic()
+    pid, after = start(place, [*words, *needs], plan), rng.randint(1, 4)
+    while place.acknowledged() < after and not place.completed:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.3))
+    trial.commits_at_kills.append(place.acknowledged())
+    for victim in [process for process in descendants(pid) if _comm(process).startswith(name)][:1]:
+        os.kill(victim, number)
+        trial.kills += 1
+    code = wait(pid, PATIENCE)
+    while code is not None and not trial.ended:
+        trial.exits.append(code)
+        if code == 0:
+            trial.ended = DONE if trial.kills else "nothing was hit"
+        elif len(trial.exits) > 1 or code not in (1, 75) or "the last commit stands" not in place.log.read_text():
+            trial.ended = f"exits {trial.exits}: {place.log.read_text()[-300:]}"
+        else:
+            code = wait(start(place, words, plan), PATIENCE)
+    trial.ended = trial.ended or f"killed by a signal, or not ended in {PATIENCE:g} s"
+    return _finished(trial, place, expected, began)
+
+
+def _comm(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _after_kill(trial: Trial, place: Place, plan: Plan, rng: random.Random) -> None:
@@ -367,12 +419,15 @@ def reference(root: Path, words: Sequence[str]) -> tuple[str, float]:
 
 
 def run_trials(root: Path, seeds: Sequence[int], words: Sequence[str], plan: Plan) -> dict[str, Any]:
-    """Several trials beside one uninterrupted run."""
-    expected, lasts = reference(root / "whole", words)
+    """Several trials beside one uninterrupted run, for faults of Ray's one without Ray: its bits are the same."""
+    expected, lasts = reference(root / "whole", ["federation.grid=inprocess"] if plan.fault else words)
     trials = []
     for seed in seeds:
         folder = root / f"trial-{seed}"
-        trials.append(run_trial(seed, folder, words, plan, expected, lasts))
+        if plan.fault:
+            trials.append(run_fault(seed, folder, words, plan, expected))
+        else:
+            trials.append(run_trial(seed, folder, words, plan, expected, lasts))
         print(f"{trials[-1]}", flush=True)
         if trials[-1].good:
             shutil.rmtree(folder)

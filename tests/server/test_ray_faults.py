@@ -1,6 +1,7 @@
 """What RayGrid does when actors hang, cannot start, or strangers knock; on a Ray of this module."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedstrata.core import records
-from fedstrata.core.errors import BadInput, FedstrataError
+from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.server import raygrid, raystart
 from fedstrata.server.arrivals import ArrivingRayGrid
 from fedstrata.server.grids import FIRST_NODE
@@ -77,6 +78,38 @@ def test_a_cohort_that_always_hangs_ends_as_an_error_that_names_the_setting(
     assert slow.error.reason == "it took longer than federation.cohort_timeout = 0.5 s 2 times"
     assert not quick.has_error()
     assert sorted(seen) == sorted([(sent[0].metadata.message_id, True), (sent[1].metadata.message_id, False)])
+
+
+def served_by(grid: ArrivingRayGrid) -> list[int]:
+    """The actors' process ids."""
+    return [int(ray.get(actor.__ray_call__.remote(lambda worker: os.getpid()))) for actor in grid.crew.free]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_actor_that_was_killed_or_stopped_costs_no_reply(
+    grid: ArrivingRayGrid, tmp_path: Path, number: signal.Signals
+) -> None:
+    pids = served_by(grid)
+    assert len(set(pids)) == 2
+    os.kill(pids[0], number)
+    for again in range(2):
+        replies = list(grid.send_and_receive([message(tmp_path, p, f"{again} {p}") for p in range(4)]))
+        assert [r.content.config_records["said"]["word"] for r in replies] == [f"{again} {p}" for p in range(4)]
+
+
+def test_a_dead_raylet_interrupts_the_run_with_the_reason(
+    grid: ArrivingRayGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = subprocess.Popen(["false"])
+    assert ended.wait() == 1
+    raystart._watch(ended)
+    assert capfd.readouterr().err.startswith("Ray's raylet has died; the last commit stands: ")
+    with monkeypatch.context() as patch:
+        patch.setattr(raystart, "_raylets", lambda: [ended])
+        with pytest.raises(Interrupted, match=r"^Ray's raylet has died \(exit code 1\)$"):
+            list(grid.send_and_receive([message(tmp_path, 0, "hello")]))
+    assert not list(tmp_path.iterdir())
+    assert raystart.death() == ""
 
 
 def test_after_bad_input_the_other_actors_work_is_not_taken_for_the_next_exchanges(
