@@ -101,13 +101,21 @@ class Chronicle:
         for shard, error in refused.items():
             self.tracker.event("score_refused", stage=stage, shard=shard, kind=error.kind, reason=str(error))
 
-    def resumed(self, commit: int, stage: int, round_: int, damaged: Sequence[str]) -> None:
-        """The run goes on from a commit: what was told of this round and of later ones is told again."""
+    def resumed(self, commit: int, stage: int, round_: int, damaged: Sequence[str], versions: Sequence[str]) -> None:
+        """The run goes on from a commit: what was told of this round and of later ones is told again.
+
+        damaged: what is wrong with newer commits; versions: packages that are others than at the commit.
+        """
         for reason in damaged:
             self.tracker.event("commit_damaged", reason=reason, used=commit)
-            warning = f"[bold red]warning:[/bold red] a damaged commit was passed over: {escape(reason)}"
-            self.display.console.print(warning, highlight=False, soft_wrap=True)
+            self._warn(f"a damaged commit was passed over: {reason}")
+        if versions:
+            self.tracker.event("other_versions", packages=list(versions))
+            self._warn(f"other versions than at the last commit, so bits may differ: {'; '.join(versions)}")
         self.tracker.event("resumed", commit=commit, stage=stage, round=round_)
+
+    def _warn(self, line: str) -> None:
+        self.display.console.print(f"[bold red]warning:[/bold red] {escape(line)}", highlight=False, soft_wrap=True)
 
     def _row(self, seat: Seat, reply: TrainReply, token: Token | None) -> dict[str, Any]:
         subspace = self.strategy.placement().get(seat.partition, 0)

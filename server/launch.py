@@ -186,7 +186,8 @@ def _tell_resumed(federation: Federation, start: Found) -> None:
     """Events and the matrix on disk go back to where the commit stands; without one, to the beginning."""
     at = federation.progress
     stage, round_ = (at.stage, at.round) if start.commit else (0, 0)
-    federation.chronicle.resumed(at.commits, stage, round_, start.damaged)
+    versions = resuming.other_versions(start.commit, federation.bound) if start.commit else []
+    federation.chronicle.resumed(at.commits, stage, round_, start.damaged, versions)
     if start.commit:
         federation.write_matrix()
 

@@ -23,7 +23,7 @@ from fedstrata.server.fitting import memory_of, on_one_device
 from fedstrata.server.grids import InProcessGrid, LocalGrid
 from fedstrata.server.placement import Wanted
 from fedstrata.server.raygrid import RayGrid
-from fedstrata.server.results import config_hash, settings
+from fedstrata.server.results import config_hash, settings, versions
 from fedstrata.strategies import find
 from fedstrata.strategies.base import Setup, Strategy
 
@@ -98,9 +98,10 @@ class Prepared:
         return find(self.config.strategy.name)(self.config.strategy, told)
 
     def bound(self) -> dict[str, Any]:
-        """What commits of this run belong to; a resume of anything else is refused."""
+        """What commits of this run belong to; a resume of anything else is refused, with other versions warned of."""
         told = settings(configuration.to_dict(self.config))
-        return {"settings": told, "base": self.description.base_hash, "scenario": self.scenario.hash}
+        belongs = {"settings": told, "base": self.description.base_hash, "scenario": self.scenario.hash}
+        return {**belongs, "versions": versions()}
 
     def close(self) -> None:
         """Ends the grid, if it was started here."""

@@ -83,7 +83,7 @@ def result_json(run_dir: Path) -> dict[str, Any]:
         "last_by_task": folder.matrix.final,
         "finished": ends[-1] if ends else None,
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
     }
 
@@ -140,6 +140,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that decide what comes out; None where one is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:

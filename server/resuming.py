@@ -74,6 +74,12 @@ def _go_back(run: RunFolder, stage: int) -> Commit:
     return commit
 
 
+def other_versions(commit: Commit, now: Mapping[str, Any]) -> list[str]:
+    """What was installed when the commit was made and is another version now; bits may differ from here on."""
+    then, ours = commit.bound.get("versions", {}), now["versions"]
+    return [f"{name} {then[name]} then, {ours.get(name)} now" for name in differing(then, ours)]
+
+
 def check_bound(path: Path, commit: Commit, now: Mapping[str, Any]) -> None:
     """A commit is gone on from by the run that made it. Raises `BadInput` naming what differs."""
     then = commit.bound

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from fedstrata.core import durable, tracking
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
-from fedstrata.server import checkpoint, configure, launch
+from fedstrata.server import checkpoint, configure, launch, results
 from fedstrata.server.arrivals import ArrivingRayGrid
 from fedstrata.server.federation import Federation
 from fedstrata.server.flower_private import become_server
@@ -257,6 +257,25 @@ def test_another_base_or_scenario_than_the_commits_is_refused(
     monkeypatch.setattr(launch.Prepared, "bound", lambda self: {**real(self), what: "other"})
     with pytest.raises(BadInput, match=f"the {what} is another than at the last commit: .* then, other now"):
         launch.resume(copy, QUIET)
+
+
+def test_other_package_versions_than_the_commits_are_warned_of_by_name(
+    copy: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.drop_after(copy / "checkpoints", 6)
+    at, real = checkpoint.newest(copy / "checkpoints"), launch.Prepared.bound
+    assert at is not None
+    assert at.bound["versions"] == results.versions()
+    assert {"flwr", "torch", "transformers", "peft", "ray", "numpy", "fedstrata", "python"} == set(at.bound["versions"])
+    other = {**at.bound["versions"], "torch": "0.1"}
+    monkeypatch.setattr(launch.Prepared, "bound", lambda self: {**real(self), "versions": other})
+    console = Console(record=True, width=300)
+    launch.resume(copy, console)
+    same(copy, whole)
+    then = f"torch {at.bound['versions']['torch']} then, 0.1 now"
+    (told,) = [event for event in RunFolder(copy).events() if event["event"] == "other_versions"]
+    assert told["packages"] == [then]
+    assert f"warning: other versions than at the last commit, so bits may differ: {then}" in console.export_text()
 
 
 def test_the_ray_grid_tells_its_listener_of_every_unit_that_is_finished() -> None:
