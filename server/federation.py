@@ -139,10 +139,17 @@ class Federation:
             ledger.few.update(bad.partition for bad in ledger.rejected if bad.kind == Kind.TOO_FEW)
             ledger.rejected = [bad for bad in ledger.rejected if bad.kind != Kind.TOO_FEW]
             ledger.told.update(by_partition.keys() - ledger.few)
-            known = [(seat, self.tokens.get(self._data(seat))) for seat in seats]
-            return [Participant(s.node, s.partition, token) for s, token in known if token is not None]
-        told = self.strategy.uses_task_identity
-        return [Participant(s.node, s.partition, None, s.assignment.tasks if told else None) for s in seats]
+            seats = [seat for seat in seats if self._data(seat) in self.tokens]
+        told, asked_for = self.strategy.uses_task_identity, self.strategy.needs_tokens
+        return [
+            Participant(
+                seat.node,
+                seat.partition,
+                self.tokens[self._data(seat)] if asked_for else None,
+                seat.assignment.tasks if told else None,
+            )
+            for seat in seats
+        ]
 
     def _configure(self, stage: int, round_: int, participants: Sequence[Participant]) -> list[Message]:
         view = ParticipantsGrid(self.grid, [participant.node for participant in participants])

@@ -15,6 +15,7 @@ from fedstrata.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedstrata.strategies.fedprox import FedProx
 from fedstrata.strategies.finetune import Finetune, Joint
 from fedstrata.strategies.flower import wrap
+from fedstrata.strategies.hide import Hide
 from fedstrata.strategies.lwf import Lwf
 from fedstrata.strategies.mlora import MLora
 from fedstrata.strategies.moelora import MoELora
@@ -43,6 +44,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "replay": Replay,
     "mlora": MLora,
     "copa": Copa,
+    "hide": Hide,
     "disco": Disco,
     "oracle": Oracle,
     "random-route": RandomRoute,

@@ -42,6 +42,15 @@ def test_one_actor_two_actors_and_no_actor_give_the_same_bits(tmp_path: Path) ->
             assert simulated[key] == alone[key], key
 
 
+def test_so_does_a_method_that_fuses_what_it_keeps(tmp_path: Path) -> None:
+    words = ("strategy.name=hide", "federation.cohort_size=1")
+    alone = run(tmp_path / "inprocess", "federation.grid=inprocess", *words)
+    shared = run(tmp_path / "ray", "federation.grid=ray", "federation.actors=2", *words)
+    assert [shared[key] for key in ("final_state_sha256", "last")] == [
+        alone[key] for key in ("final_state_sha256", "last")
+    ]
+
+
 def test_a_corrupt_base_is_bad_input_from_inside_an_actor_too(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(TINY, base)
