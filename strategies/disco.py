@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedstrata.core import records
-from fedstrata.core.adapters import Flat, fresh
+from fedstrata.core.adapters import Flat, Layout, fresh
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.identity import Token, cosines, pooled
 from fedstrata.core.privacy import TokenConfig
@@ -129,7 +129,8 @@ class Disco(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         trained: set[int] = set()
         known = len(self.state.subspaces)
-        self.state = organise(self.state, self._updates(replies, trained), merge_options(self.options), self._start)
+        options, layout = merge_options(self.options), self.setup.layout.lora
+        self.state = organise(self.state, self._updates(replies, trained), options, self._start, layout)
         filled = sorted(j for j in trained if j >= known)
         number = {**{j: j for j in range(known)}, **{j: known + i for i, j in enumerate(filled)}}
         self._placement = {p: number[j] for p, j in self._placement.items() if j in number}
@@ -245,6 +246,7 @@ def organise(
     updates: Iterable[Update],
     options: MergeConfig = FEDAVG,
     start: Callable[[int], Flat] | None = None,
+    layout: Layout | None = None,
 ) -> DiscoState:
     """Per subspace the merge of its updates, n_k their weights; μ_j ← (N_j μ_j + Σ n_k μ_k) / (N_j + Σ n_k).
 
@@ -253,6 +255,7 @@ def organise(
     the order of their indices, and one that nobody filled leaves no gap.
 
     start: the adapter that a subspace's clients were sent; needed for new ones, unless the mean is their adapter.
+    layout: how a subspace's adapter is read; needed for a merge of products.
     """
     known = state.subspaces
     start = start or (lambda index: known[index].adapter)
@@ -263,7 +266,7 @@ def organise(
         weight, index = update.token.count if update.weight is None else update.weight, update.subspace
         if index not in merges:
             moments = known[index].moments if index < len(known) else None
-            merges[index] = Merging(options, partial(start, index), moments)
+            merges[index] = Merging(options, partial(start, index), moments, layout)
         merges[index].add(update.adapter, weight)
         tokens.setdefault(index, []).append(update.token)
         if state.shared.size:

@@ -36,6 +36,8 @@ IMPORTANCE, ANCHOR, MEASURE = "importance", "anchor", "measure"
 class EwcConfig(FinetuneConfig):
     """Options of EWC."""
 
+    in_factors: ClassVar[bool] = True  # importances are those of the factors' parameters
+
     name: str = "ewc"
     strength: float = 1e3  # λ; 0 is finetune
     gamma: float = 1.0  # γ, what is left of the importances of earlier stages when a stage ends

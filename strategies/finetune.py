@@ -72,7 +72,7 @@ class Finetune(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The merge becomes the state, in one pass; Flower's record of it would be a copy that nobody reads."""
         old = self.state
-        merging = Merging(merge_options(self.options), lambda: old.adapter, old.moments)
+        merging = Merging(merge_options(self.options), lambda: old.adapter, old.moments, self.setup.layout)
         for message in replies:
             reply = records.read_train_reply(message)
             merging.add(reply.flat, reply.count)

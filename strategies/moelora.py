@@ -24,6 +24,8 @@ from fedstrata.strategies.finetune import Finetune, FinetuneConfig
 class MoELoraConfig(FinetuneConfig):
     """Options of MoELoRA."""
 
+    in_factors: ClassVar[bool] = True  # an expert is a slice of the factors' rank
+
     name: str = "moelora"
     experts: int = 4  # E; they share the rank subspaces · lora.rank evenly; 1 is finetune
 

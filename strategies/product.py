@@ -18,7 +18,9 @@ Factors = tuple[Matrix, Matrix]
 
 
 def product_mean(flats: Sequence[Flat], weights: Sequence[float], layout: Layout) -> Flat:
-    """The rank-r adapter nearest to Σ w_k B_k A_k / Σ w_k, layer by layer; a dense tail is averaged as it is.
+    """The rank-r adapter nearest to Σ w_k B_k A_k / Σ w_k, layer by layer.
+
+    What is behind A and B (a dense tail, dora's magnitudes, all of ia3) is averaged as it is.
 
     Raises:
         ValueError: no weight above 0, or not one weight per adapter.
@@ -28,11 +30,13 @@ def product_mean(flats: Sequence[Flat], weights: Sequence[float], layout: Layout
     share = np.asarray(weights, dtype=np.float64) / sum(weights)
     views, rank = [layout.split(flat) for flat in flats], layout.rank(flats[0])
     factors = {}
-    for name, _, _ in layout.modules:
+    for name in (name for name, _, _ in layout.modules if rank):
         a, b = refactor([(v[name][0].astype(np.float64), v[name][1].astype(np.float64)) for v in views], share, rank)
         factors[name] = (a.astype(np.float32), b.astype(np.float32))
-    tail = sum((w * layout.cut(flat)[1].astype(np.float64) for w, flat in zip(share, flats, strict=True)), start=0.0)
-    return np.concatenate([layout.join(factors), np.asarray(tail, dtype=np.float32).reshape(-1)])
+    low = layout.width * rank
+    rest = sum((w * flat[low:].astype(np.float64) for w, flat in zip(share, flats, strict=True)), start=0.0)
+    parts = [layout.join(factors)] if rank else []
+    return np.concatenate([*parts, np.asarray(rest, dtype=np.float32).reshape(-1)])
 
 
 def refactor(pairs: Sequence[Factors], weights: Matrix, rank: int) -> Factors:

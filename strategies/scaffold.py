@@ -36,6 +36,8 @@ CONTROL = "control"
 class ScaffoldConfig(FinetuneConfig):
     """Options of SCAFFOLD."""
 
+    in_factors: ClassVar[bool] = True  # control variates are gradients of the factors
+
     name: str = "scaffold"
     strength: float = 1.0  # how much of c − c_k is added to a gradient; 0 is finetune
 

@@ -1,9 +1,20 @@
 """Averaging products: gauges do not matter, known answers, the same as the mean where there is one gauge."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fedstrata.core.adapters import Flat, Layout
+from fedstrata.core.adapters import Flat, Layout, fresh
+from fedstrata.core.errors import BadInput
+from fedstrata.core.identity import Token
+from fedstrata.strategies import find
+from fedstrata.strategies.base import Participant, Setup, Strategy
+from fedstrata.strategies.disco import DiscoConfig
+from fedstrata.strategies.finetune import FinetuneConfig
+from fedstrata.strategies.merging import MergeConfig
 from fedstrata.strategies.product import product_mean, refactor
 
 LAYOUT = Layout((("a.q_proj", 12, 10), ("b.q_proj", 9, 14)))
@@ -89,3 +100,73 @@ def test_a_layer_smaller_than_the_rank_is_padded() -> None:
 def test_weights_must_fit() -> None:
     with pytest.raises(ValueError, match="one weight per adapter"):
         product_mean(adapters(2), [0.0, 0.0], LAYOUT)
+
+
+def test_what_lies_behind_the_factors_is_averaged_as_it_is() -> None:
+    dora, ia3 = replace(LAYOUT, kind="dora"), replace(LAYOUT, kind="ia3")
+    flats = adapters(2, layout=dora)
+    merged = product_mean(flats, [1.0, 3.0], dora)
+    assert merged.size == flats[0].size
+    assert merged[-21:] == pytest.approx(0.25 * flats[0][-21:] + 0.75 * flats[1][-21:], abs=1e-6)
+    rows = [np.arange(ia3.size(0), dtype=np.float32), np.ones(ia3.size(0), dtype=np.float32)]
+    assert product_mean(rows, [1.0, 1.0], ia3) == pytest.approx((rows[0] + rows[1]) / 2)
+
+
+def made(name: str, setup: Setup, **options: Any) -> Strategy:
+    kind = find(name)
+    one = {"subspaces": 1} if name == "finetune" else {}
+    return kind(kind.config_type(**one, **options), replace(setup, layout=LAYOUT, rank=RANK))
+
+
+def round_of(strategy: Strategy, flats: Sequence[Flat], train_reply: Any, degrees: Sequence[float] = ()) -> None:
+    """Client k's token points to `degrees[k]`, and its adapter is `flats[k]` with 10 examples."""
+    turns = np.radians(degrees or [0.0] * len(flats))
+    tokens = [Token(np.array([np.cos(turn), np.sin(turn)], dtype=np.float32), 10) for turn in turns]
+    strategy.meet([Participant(k + 2, k, token) for k, token in enumerate(tokens)])
+    strategy.aggregate_train(1, [train_reply(k, flat) for k, flat in enumerate(flats)])
+
+
+@pytest.mark.parametrize("name", ["finetune", "disco"])
+def test_a_client_in_another_gauge_ruins_the_mean_of_factors_and_not_that_of_products(
+    setup: Setup, train_reply: Any, name: str
+) -> None:
+    start = fresh(LAYOUT, RANK, 0, 0)
+    honest = [start + flat for flat in adapters(4, spread=0.02)]
+    hostile = [turned(honest[0], 1), *honest[1:]]
+    error = {}
+    for merge in ("mean", "product"):
+        plain, attacked = made(name, setup, merge=merge), made(name, setup, merge=merge)
+        round_of(plain, honest, train_reply)
+        round_of(attacked, hostile, train_reply)
+        one, other = (product(strategy.knowledge().adapters[0]) for strategy in (plain, attacked))
+        error[merge] = np.linalg.norm(other - one) / np.linalg.norm(one)
+    assert error["product"] < 1e-5
+    assert error["mean"] > 0.1
+
+
+def test_every_subspace_has_a_product_of_its_own(setup: Setup, train_reply: Any) -> None:
+    strategy, flats = made("disco", setup, merge="product"), adapters(5)
+    round_of(strategy, flats, train_reply, [0, 90, 0, 90, 0])
+    one, other = strategy.knowledge().adapters
+    assert one.tobytes() == product_mean([flats[0], flats[2], flats[4]], [10.0] * 3, LAYOUT).tobytes()
+    assert other.tobytes() == product_mean([flats[1], flats[3]], [10.0] * 2, LAYOUT).tobytes()
+
+
+def test_a_shared_projector_is_averaged_beside_products(setup: Setup, train_reply: Any) -> None:
+    setup, kind = replace(setup, layout=TAILED, rank=RANK), find("disco")
+    strategy = kind(DiscoConfig(merge="product", projector="shared"), setup)
+    flats = adapters(2, layout=TAILED)
+    round_of(strategy, flats, train_reply, [0, 90])
+    assert strategy.knowledge().shared == pytest.approx((flats[0][-6:] + flats[1][-6:]) / 2, abs=1e-6)
+
+
+def test_a_product_is_no_average_for_the_noise_and_takes_no_optimiser() -> None:
+    assert not FinetuneConfig(merge="product").averages
+    with pytest.raises(BadInput, match=r"strategy.server_optimizer: must be none with strategy.merge=product, got"):
+        MergeConfig(merge="product", server_optimizer="fedadam")
+
+
+@pytest.mark.parametrize("name", ["ewc", "scaffold", "moelora"])
+def test_methods_that_remember_the_factors_refuse_products(name: str) -> None:
+    with pytest.raises(BadInput, match=r"strategy\.merge: must be mean \| .* \| geomedian, got 'product'"):
+        find(name).config_type(merge="product")
