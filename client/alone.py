@@ -20,8 +20,7 @@ from fedstrata.client.injected import Injected, injected
 from fedstrata.client.local import LocalContext
 from fedstrata.client.model import BaseModel
 from fedstrata.client.optimiser import BETAS, EPSILON, rate
-from fedstrata.client.tokens import tokens
-from fedstrata.client.training import Job, Trained, passes
+from fedstrata.client.training import Job, Trained, passes, prepare
 from fedstrata.core.adapters import Flat
 from fedstrata.core.config import TrainSection
 from fedstrata.core.errors import BadInput
@@ -50,7 +49,7 @@ def train(
 def _train_one(base: BaseModel, cohort: Injected, job: Job, settings: TrainSection, half: LocalHalf) -> Trained:
     began = time.perf_counter()
     base.pictures.warm(job.examples)
-    prepared = tokens(base, job.examples, settings)
+    prepared = prepare(base, job, settings, half)
     plan, losses = batches(len(job.examples), settings, job.seed), []
     cohort.load(job.flat)
     optimiser = torch.optim.AdamW(

@@ -12,6 +12,7 @@ from fedstrata.client.alone import Switch
 from fedstrata.client.lora import Cohort, adapted
 from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
+from fedstrata.client.prefix import Prompted
 from fedstrata.core.adapters import STACKED
 from fedstrata.core.records import Knowledge
 
@@ -68,6 +69,8 @@ def _build(base: BaseModel, knowledge: Knowledge, scaling: float) -> Bank:
     if base.layout.kind not in STACKED:
         return Switch(base, knowledge.adapters, scaling, knowledge.shared)
     dtype = base.model.get_input_embeddings().weight.dtype
+    if base.layout.kind == "prompts":
+        return Prompted.of(base, knowledge.adapters)
     if base.layout.kind != "lora":
         return Sole.of(base, knowledge, scaling, dtype)
     return Mixture.of(knowledge.adapters, base.layout, scaling, base.device, dtype, knowledge.shared)

@@ -50,6 +50,21 @@ class Batch:
     rows: Sequence[Prepared] = ()
     part: float = 1.0
 
+    def added(self, loss: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
+        """The loss [C] and, on top, each client's mean of `each` [N] over the answer tokens of its whole step."""
+        return loss.index_add(0, self.owner, (each * self.weight).to(loss.dtype))
+
+    @property
+    def line(self) -> torch.Tensor:
+        """[N], the row that each answer token stands in."""
+        return self.places // self.mask.shape[1]
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """[C·size, D], what the local half's `features` gave for the rows."""
+        found = [row.query for row in self.rows if row.query is not None]
+        return torch.stack(found).to(self.embeds.device)
+
 
 def batches(count: int, settings: TrainSection, seed: int) -> list[list[int]]:
     """Row indices of every step: each epoch a new order, the last batch of an epoch may be smaller."""

@@ -19,6 +19,7 @@ from fedstrata.client.batching import Batch, embedded_rows
 from fedstrata.client.lora import KINDS, Cohort, adapted
 from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
+from fedstrata.client.prefix import before
 from fedstrata.core.adapters import Flat
 from fedstrata.core.config import TrainSection
 
@@ -90,14 +91,14 @@ class LocalContext:
         if name not in self._sent:
             distinct = list({id(job.payload): job.payload[name] for job in self.jobs}.values())
             several = distinct if len(distinct) == 1 else [job.payload[name] for job in self.jobs]
-            stacked = self._tensor(np.stack(several))
+            stacked = self.tensor(np.stack(several))
             self._sent[name] = stacked.expand(len(self.jobs), *stacked.shape[1:])
         return self._sent[name][: self.cohort.active]
 
     def recall(self, name: str) -> torch.Tensor:
         """[C, size]: what the clients remember in the adapter's layout; 0 for one that remembers nothing."""
         empty = np.zeros(self.cohort.flat.shape[1], dtype=np.float32)
-        return self._tensor(np.stack([memory.get(name, empty) for memory in self.memories]))
+        return self.tensor(np.stack([memory.get(name, empty) for memory in self.memories]))
 
     def remember(self, name: str, values: torch.Tensor) -> None:
         """What each client keeps until it is drawn again, [C, …]."""
@@ -130,6 +131,18 @@ class LocalContext:
                 batch = replace(batch, embeds=embedded_rows(self.base, batch.rows).embeds)
             return answer_logits(self.base, batch)
 
+    def per_row(self, name: str, batch: Batch) -> torch.Tensor:
+        """[rows, …]: for each row of a batch its client's `prompts` or `keys`, as autograd sees them."""
+        return self.cohort.own[name][: self.cohort.active].repeat_interleave(batch.size, dim=0)
+
+    def before(self, batch: Batch, front: torch.Tensor) -> Batch:
+        """The batch with prompts [rows, n, hidden] in front of its rows."""
+        return before(batch, self.base.spread * front)
+
+    def tensor(self, array: Flat) -> torch.Tensor:
+        """An array that was sent, where and as the cohort computes."""
+        return torch.from_numpy(array).to(self.cohort.flat.device, self.cohort.flat.dtype)
+
     def squares(self, most: int = 0) -> torch.Tensor:
         """E[g²] [C, size] over each client's examples at the present values; see `client.statistics`."""
         from fedstrata.client.statistics import squares  # it needs the training loop, which needs this module
@@ -143,14 +156,11 @@ class LocalContext:
 
     @cached_property
     def _start(self) -> torch.Tensor:
-        return self._tensor(np.stack([job.flat for job in self.jobs]))
+        return self.tensor(np.stack([job.flat for job in self.jobs]))
 
     @cached_property
     def _anchor(self) -> torch.Tensor:
         return torch.zeros((), device=self.cohort.flat.device, requires_grad=True)
-
-    def _tensor(self, array: Flat) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.cohort.flat.device, self.cohort.flat.dtype)
 
 
 class _Values(torch.autograd.Function):

@@ -45,7 +45,7 @@ class Cohort:
     active: int
     dense: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter of the tail → its difference [C, …]
     dropout: Dropout | None = None
-    own: dict[str, torch.Tensor] = field(default_factory=dict)  # what the kind has beside factors [C, …]: gates
+    own: dict[str, torch.Tensor] = field(default_factory=dict)  # what the kind has beside factors [C, …]
     window: tuple[int, int] | None = None  # the clients whose rows the next forward passes hold; None: all active ones
 
     @staticmethod
@@ -59,7 +59,9 @@ class Cohort:
             start = end
         layers = [name for name, _, _ in layout.modules]
         factors = {name: (leaves[f"{name}.{LORA_A}"], leaves[f"{name}.{LORA_B}"]) for name in layers}
-        own, dense = ({name: leaves[name] for name, _ in part} for part in (layout.vectors, layout.dense))
+        dense = {name: leaves[name] for name, _ in layout.dense}
+        low = {f"{name}.{kind}" for name in layers for kind in KINDS}
+        own = {name: leaf for name, leaf in leaves.items() if name not in low and name not in dense}
         return Cohort(flat, gradient, factors, scaling, len(flats), dense, own=own)
 
     def named(self, which: torch.Tensor) -> dict[str, torch.Tensor]:

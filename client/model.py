@@ -94,6 +94,11 @@ class BaseModel:
     def module(self, name: str) -> nn.Module:
         return cast(nn.Module, self.model.get_submodule(name))
 
+    @cached_property
+    def spread(self) -> float:
+        """Standard deviation of the numbers in the token embeddings: the unit of prompts."""
+        return float(self.model.get_input_embeddings().weight.detach().float().std())
+
     @property
     def sight(self) -> int:
         """Numbers of the vision tower's feature of one picture token."""

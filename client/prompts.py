@@ -28,6 +28,7 @@ class Prepared:
     supervised: tuple[bool, ...]  # per token of `answer`: it belongs to an answer, not to a further question
     image: ImageSource | None = None
     features: torch.Tensor | None = None  # [image tokens, hidden] where they were asked for
+    query: torch.Tensor | None = None  # [D] what a method's local half wants to know of the example
 
 
 class Prompts:

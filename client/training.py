@@ -7,7 +7,7 @@ client is a cohort of one. Equality with a plain PEFT loop is tested.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedstrata.client.local import LocalContext
 from fedstrata.client.lora import Cohort, adapted
 from fedstrata.client.model import BaseModel
 from fedstrata.client.optimiser import AdamW
+from fedstrata.client.prompts import Prepared
 from fedstrata.client.tokens import tokens
 from fedstrata.core.adapters import STACKED, Flat
 from fedstrata.core.config import TrainSection
@@ -87,7 +88,7 @@ def train(
     half = half or LocalHalf()
     for job in jobs:
         base.pictures.warm(job.examples)
-    prepared = [tokens(base, job.examples, settings) for job in jobs]
+    prepared = [prepare(base, job, settings, half) for job in jobs]
     plans = [batches(len(job.examples), settings, job.seed) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: -len(plans[index]))  # stable: who has more steps comes first
     steps = [len(plans[index]) for index in order]
@@ -113,6 +114,14 @@ def train(
     return _results(ctx, order, losses, extras, time.perf_counter() - began)
 
 
+def prepare(base: BaseModel, job: Job, settings: TrainSection, half: LocalHalf) -> list[Prepared]:
+    """The job's rows with what the local half wants to know of them."""
+    rows, known = tokens(base, job.examples, settings), half.features(base, job.examples)
+    if known is None:
+        return rows
+    return [replace(row, query=query) for row, query in zip(rows, known, strict=True)]
+
+
 def _has(half: LocalHalf, hook: str) -> bool:
     """Whether a method has a hook of its own: views for one that does nothing are not made."""
     return getattr(type(half), hook) is not getattr(LocalHalf, hook)
@@ -121,10 +130,11 @@ def _has(half: LocalHalf, hook: str) -> bool:
 def passes(ctx: LocalContext, half: LocalHalf, rows: Rows) -> torch.Tensor:
     """Forward and backward of one step; the loss [active] of the whole step.
 
-    On a CPU a wide base's clients go in groups whose hidden states stay in its caches. A method with a loss of its own
-    is asked for all clients at once.
+    On a CPU a wide base's clients go in groups whose hidden states stay in its caches. A method with a loss or
+    a batch of its own is asked for all clients at once.
     """
-    model, grouped = ctx.base.model, ctx.base.device.type == "cpu" and not _has(half, "loss")
+    model, own = ctx.base.model, _has(half, "loss") or _has(half, "batch")
+    grouped = ctx.base.device.type == "cpu" and not own
     size = group_size(rows, model.config.get_text_config().hidden_size) if grouped else len(rows)
     losses = []
     for first in range(0, len(rows), size):
@@ -141,7 +151,7 @@ def _pieces(ctx: LocalContext, half: LocalHalf, rows: Rows, jobs: Sequence[Job])
         if cohort.dropout is not None:
             lengths = [[length(row) for row in own] for own in mine]
             cohort.dropout.begin(lengths, [job.seed for job in jobs[: len(rows)]], ctx.step, places)
-        batch = collate(base, mine, totals, 1 / len(parts))
+        batch = half.batch(ctx, collate(base, mine, totals, 1 / len(parts)))
         with nullcontext() if cohort.dropout else answers_only(base, batch):  # what is drawn depends on positions
             out = answer_logits(base, batch)
             piece = half.loss(ctx, batch, out, mean_loss(out, batch, len(rows)))

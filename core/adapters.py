@@ -4,7 +4,8 @@ Per layer, in the order of their names: A [rank, in], then B [out, rank], both r
 layout: one layout serves a subspace of rank r and a concatenation of K of them. Kinds that hold more than A and B, or
 other things, have `vectors` behind them: dora's magnitudes, ia3's scales, what a method trains of its own. A run that
 also trains the multimodal projector appends a dense tail. Vectors and tail are differences to the base's own values,
-row-major, 0 at the start: so a new adapter needs no weights, and a mean of differences is right.
+row-major, 0 at the start: so a new adapter needs no weights, and a mean of differences is right. Prompts stand for
+themselves: `prompts` [P, length, hidden], in units of the spread of the base's token embeddings, and `keys` [P, D].
 """
 
 import hashlib
@@ -23,8 +24,8 @@ from fedstrata.core.seeds import generator
 Flat = npt.NDArray[np.float32]
 Parameters = tuple[tuple[str, tuple[int, ...]], ...]  # (name in the base model, shape), in the order of the wire
 
-KINDS = ("lora", "dora", "ia3", "moelora")  # of a layout
-STACKED = ("lora", "moelora")  # kinds of which a cohort's adapters lie in one buffer
+KINDS = ("lora", "dora", "ia3", "moelora", "prompts")  # of a layout
+STACKED = ("lora", "moelora", "prompts")  # kinds of which a cohort's adapters lie in one buffer
 FUSED = ("lora", "rslora")  # values of lora.kind whose cohorts are fused and whose adapters can be mixed
 LORA_A, LORA_B, MAGNITUDE, SCALE = "lora_A", "lora_B", "lora_magnitude_vector", "ia3_l"  # as PEFT calls them
 GATE = "lora_router"  # as CoIN calls it
@@ -49,7 +50,8 @@ class Layout:
     dense: the parameters of the tail: (name in the base model, shape), in the model's order; () without a tail.
     kind: lora, dora or ia3; rslora is a lora whose scaling differs, and the scaling is no part of the layout. Other
         kinds are a method's own: `core.config.StrategyConfig.trains`.
-    own: what such a kind has whatever the rank: moelora its gates.
+    own: what such a kind has: moelora its gates, whatever the rank; prompts what one prompt is made of, and the rank is
+        the number of prompts.
     """
 
     modules: tuple[tuple[str, int, int], ...]
@@ -59,7 +61,9 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Parameters per unit of rank: Σ (in + out); 0 for ia3, which has no rank."""
+        """Parameters per unit of rank: Σ (in + out), or one prompt's; 0 for ia3, which has no rank."""
+        if self.kind == "prompts":
+            return sum(math.prod(shape) for _, shape in self.own)
         return 0 if self.kind == "ia3" else sum(out + inner for _, out, inner in self.modules)
 
     @property
@@ -70,7 +74,7 @@ class Layout:
         if self.kind == "ia3":
             shapes = [(name, (1, inner) if feedforward(name) else (out, 1)) for name, out, inner in self.modules]
             return tuple((f"{name}.{SCALE}", shape) for name, shape in shapes)
-        return self.own
+        return () if self.kind == "prompts" else self.own
 
     @property
     def fixed(self) -> int:
@@ -107,7 +111,8 @@ class Layout:
             for name, out, inner in self.modules
             for pair in ((f"{name}.{LORA_A}", (rank, inner)), (f"{name}.{LORA_B}", (out, rank)))
         ]
-        return (*(low if self.width else ()), *self.vectors, *self.dense)
+        prompts = [(name, (rank, *shape)) for name, shape in self.own] if self.kind == "prompts" else []
+        return (*(low if self.width else ()), *prompts, *self.vectors, *self.dense)
 
     def views(self, flat: Flat) -> dict[str, Flat]:
         """Views {parameter: its part, in its shape} of a flat adapter with its tail."""
@@ -166,9 +171,14 @@ def fresh(layout: Layout, rank: int, seed: int, *names: str | int, init: str = "
 
     A pure function of (seed, names): the server draws it once, so a whole group starts from the same A.
 
+    Prompts have no such start: they are drawn whole, from U(−1, 1) as L2P's are.
+
     init: uniform: A ~ U(−1/√in, 1/√in) as PEFT draws it; normal: A ~ N(0, 0.01²) as FCIT's published code does.
     """
     draw = generator(seed, "adapter", *names)
+    if layout.kind == "prompts":
+        drawn = draw.uniform(-1, 1, size=layout.width * rank)
+        return np.concatenate([drawn, np.zeros(layout.tail)], dtype=np.float32)
     rank, factors = rank if layout.width else 0, {}
     for name, out, inner in layout.modules:
         bound, shape = 1 / np.sqrt(inner), (rank, inner)

@@ -50,9 +50,13 @@ def measure(prepared: Prepared, visits: Sequence[Visit]) -> Speed:
 
 def plain(config: RunConfig) -> RunConfig:
     """The same base, data and training without the method, one epoch long; its kind of adapter needs the method."""
-    own = type(config.strategy).trains is not StrategyConfig.trains
-    method = config.strategy if own else FinetuneConfig(projector=config.strategy.projector)
+    method = config.strategy if _own(config) else FinetuneConfig(projector=config.strategy.projector)
     return replace(config, strategy=method, train=replace(config.train, local_epochs=1))
+
+
+def _own(config: RunConfig) -> bool:
+    """Whether the method trains a kind of adapter of its own."""
+    return type(config.strategy).trains is not StrategyConfig.trains
 
 
 def _train(prepared: Prepared, config: RunConfig, told: str, visit: Visit, flat: ArrayRecord) -> Message:
@@ -70,7 +74,8 @@ def _score(prepared: Prepared, config: RunConfig, told: str, flat: ArrayRecord, 
     split, node = config.evaluate.split, next(iter(prepared.roster.values()))
     count = min(FEW, config.evaluate.shard, len(getattr(prepared.scenario.tasks[task], split)))
     adapter, tail = prepared.layout.cut(flat[records.FLAT].numpy())
-    content = records.knowledge_content(Knowledge((adapter,), shared=tail))
+    known = prepared.strategy().knowledge() if _own(config) else Knowledge((adapter,), shared=tail)
+    content = records.knowledge_content(known)
     message = Message(records.with_shard(content, Shard(task, 0, count, split)), node, records.EVALUATE)
     meta = Assignment(Binding(prepared.run_id), (task,), config=told, layout=prepared.layout.hash)
     return records.address(message, meta)

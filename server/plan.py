@@ -120,7 +120,8 @@ def show(config: RunConfig, console: Console) -> None:
 
 def lines(plan: Plan, prepared: preparing.Prepared, speed: calibrate.Speed) -> list[str]:
     """What `--dry-run` says below the tables."""
-    size, memory = prepared.layout.size(prepared.config.lora.rank), prepared.memory
+    layout, memory = prepared.layout, prepared.memory
+    size = layout.size(prepared.strategy().adapter_rank if layout.kind == "prompts" else prepared.config.lora.rank)
     told = [
         f"scenario hash {prepared.scenario.hash}",
         f"{plan.actors} actors on {plan.device} · cohorts of {plan.cohort_size} · {plan.cohorts} a round",

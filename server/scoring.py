@@ -78,7 +78,7 @@ def score_row(federation: "Federation", stage: int) -> tuple[Progress, dict[str,
     )
     cost = progress.bytes_eval + moved
     beside = {task.name: {name: measured[task.name][name] for name in task.beside} for task in tasks if task.beside}
-    routing = _routing(progress, scores)
+    routing = _routing(progress, scores) if federation.strategy.routes else {}
     progress = replace(progress, matrix=matrix, bytes_eval=cost, routing=routing, beside=beside)
     return progress, {name: score.hits for name, score in named.items()}
 

@@ -16,6 +16,7 @@ from fedstrata.strategies.fedprox import FedProx
 from fedstrata.strategies.finetune import Finetune, Joint
 from fedstrata.strategies.flower import wrap
 from fedstrata.strategies.hide import Hide
+from fedstrata.strategies.l2p import L2P
 from fedstrata.strategies.lwf import Lwf
 from fedstrata.strategies.mlora import MLora
 from fedstrata.strategies.moelora import MoELora
@@ -39,6 +40,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "scaffold": Scaffold,
     "ewc": Ewc,
     "lwf": Lwf,
+    "l2p": L2P,
     "moelora": MoELora,
     "olora": OLora,
     "replay": Replay,

@@ -96,18 +96,29 @@ class Everything:
 class LocalHalf:
     """The client's part of a method, for a cohort of C clients at once; every hook is optional.
 
-    Tensors carry a leading client dimension. Hooks run in this order: begin, then per step loss → on_gradients (after
-    backward, before clipping) → on_step (after the optimiser), then end. One object serves one cohort for one round,
-    so it may keep tensors between its hooks. `ctx` is a `client.local.LocalContext`: start values, what the strategy
-    sent, what the clients remember, frozen adapters underneath, statistics.
+    Tensors carry a leading client dimension. Hooks run in this order: features, begin, then per step batch → loss →
+    on_gradients (after backward, before clipping) → on_step (after the optimiser), then end. One object serves one
+    cohort for one round, so it may keep tensors between its hooks. `ctx` is a `client.local.LocalContext`: start
+    values, what the strategy sent, what the clients remember, frozen adapters underneath, statistics.
     """
 
     def __init__(self, options: Any = None) -> None:
         """options: the strategy's own, `strategy.<option>`."""
         self.options = options
 
+    def features(self, base: Any, examples: Sequence[Any]) -> "Tensor | None":
+        """What it wants to know of a client's examples before they are trained, [n, D]: `batch.queries` shows it.
+
+        base: a `client.model.BaseModel`; examples: `scenarios.stream.Example`s.
+        """
+        return None
+
     def begin(self, ctx: Any) -> None:
         """Before the first step."""
+
+    def batch(self, ctx: Any, batch: Any) -> Any:
+        """The `client.batching.Batch` that is passed through the base in the place of this one."""
+        return batch
 
     def loss(self, ctx: Any, batch: Any, out: Any, base_loss: "Tensor") -> "Tensor":
         """The loss [C] to be minimised; the base loss is each client's mean answer-token cross-entropy.
@@ -171,6 +182,7 @@ class Strategy(FlowerStrategy):
     uses_task_identity: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False  # ask participants for identity tokens before training
     pooled: ClassVar[bool] = False  # participants draw from all tasks at once (the upper bound)
+    routes: ClassVar[bool] = True  # an input's heaviest adapter should be the one that its task trained
     averages: ClassVar[bool] = False  # of the updates, only means weighted by num-examples enter the state
     local_half: ClassVar[type[LocalHalf]] = LocalHalf
     selector: ClassVar[type[Selector]] = Selector

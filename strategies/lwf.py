@@ -61,7 +61,8 @@ class Distilled(LocalHalf):
             return base_loss
         old, new = (logits.to(base_loss.dtype) for logits in (ctx.answers(batch, self.teacher), out))
         each = self.options.strength * distance(old, new, self.options.temperature)
-        return base_loss.index_add(0, batch.owner, each * batch.weight.to(each.dtype))
+        total: Tensor = batch.added(base_loss, each)
+        return total
 
 
 class Lwf(Finetune):

@@ -159,7 +159,8 @@ def test_what_is_saved_and_loaded_answers_and_goes_on_as_before(driver: Driver) 
         assert_equal(known, loaded)
         assert loaded.options == known.options
         draw = np.random.default_rng(0)
-        asked = Inputs(draw.normal(size=(4, DIM)).astype(np.float32), [0, 1, 1, 0], "abcd")
+        wide = int(known.options.get("key", DIM))  # prompts' keys are as long as the text encoder's features
+        asked = Inputs(draw.normal(size=(4, wide)).astype(np.float32), [0, 1, 1, 0], "abcd")
         assert type(again).router(loaded).weights(asked).tobytes() == type(one).router(known).weights(asked).tobytes()
     driver.stage(one, 3)
     driver.stage(again, 3)

@@ -1,0 +1,99 @@
+"""L2P: a pool of prompts, of which every input gets those whose keys are nearest to it; the base answers behind them.
+
+Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, arXiv 2112.08654. Uses task identity: no.
+
+There is no LoRA: `prompts` trained embeddings groups of `length` tokens each and one key per group. An input's query is
+the frozen feature of its question by the text encoder; the `top` keys with the largest cosine choose its prompts, which
+stand before the instruction, in the order of the pool, in training as in use. The client minimises its loss −
+λ Σ cos(query, chosen keys), in a mean over its answers; prompts that nobody chose get no gradient. The server averages
+prompts and keys as `finetune` does. Different from the paper, which classifies pictures: the base's own head answers,
+the query is the text's, and prompts are chosen for each input, not by a majority of its batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedstrata.core.adapters import Layout
+from fedstrata.core.config import StrategyConfig, require
+from fedstrata.core.records import Knowledge
+from fedstrata.strategies.base import LocalHalf, Router
+from fedstrata.strategies.facts import Facts
+from fedstrata.strategies.finetune import Finetune
+from fedstrata.strategies.merging import MergeConfig
+from fedstrata.strategies.prompting import KEYS, PROMPTS, Nearest, apart, chosen, nearest, prompt_layout, similar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class L2PConfig(MergeConfig):
+    """Options of L2P; `lora.rank` and `lora.targets` say nothing here."""
+
+    name: str = "l2p"
+    prompts: int = 10  # in the pool
+    length: int = 5  # tokens of a prompt
+    top: int = 5  # prompts that an input gets
+    strength: float = 0.1  # λ, how firmly keys are pulled to the inputs that chose them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("prompts", "length"):
+            require(getattr(self, key) >= 1, f"strategy.{key}", "at least 1", getattr(self, key))
+        rule = f"between 1 and strategy.prompts ({self.prompts})"
+        require(1 <= self.top <= self.prompts, "strategy.top", rule, self.top)
+        good = 0 <= self.strength < float("inf")
+        require(good, "strategy.strength", "a finite number of at least 0", self.strength)
+
+    def trains(self, lora: Layout, hidden: int, features: Callable[[], int]) -> Layout:
+        """A pool in the place of the LoRA."""
+        return prompt_layout(lora, self.name, self.length, hidden, features)
+
+
+class Pulled(LocalHalf):
+    """Puts the chosen prompts before the inputs and pulls their keys to them."""
+
+    def features(self, base: Any, examples: Sequence[Any]) -> "Tensor":
+        found: Tensor = base.encoder.encode([example.question for example in examples])
+        return found
+
+    def batch(self, ctx: Any, batch: Any) -> Any:
+        self.near = similar(batch.queries, ctx.per_row(KEYS, batch))
+        self.picks = nearest(self.near, self.options.top)
+        return ctx.before(batch, chosen(ctx.per_row(PROMPTS, batch), self.picks))
+
+    def loss(self, ctx: Any, batch: Any, out: Any, base_loss: "Tensor") -> "Tensor":
+        pull = self.options.strength * self.near.gather(1, self.picks).sum(1)
+        total: Tensor = batch.added(base_loss, -pull[batch.line])
+        return total
+
+
+class L2P(Finetune):
+    """FedAvg on a pool of prompts that inputs choose from by keys (learning to prompt)."""
+
+    facts: ClassVar[Facts] = Facts("2112.08654", "CVPR 2022")
+    config_type: ClassVar[type[StrategyConfig]] = L2PConfig
+    local_half: ClassVar[type[LocalHalf]] = Pulled
+    routes: ClassVar[bool] = False  # no prompt is any task's own
+
+    @property
+    def adapter_rank(self) -> int:
+        return int(self.options.prompts)
+
+    def rank_after(self, stage: int) -> int:
+        return 1
+
+    def knowledge(self) -> Knowledge:
+        """Every prompt with its key is an adapter of its own."""
+        layout = self.setup.layout
+        (size,) = dict(layout.own)[KEYS]
+        return Knowledge(apart(layout, self.state.adapter), options={"key": size, "top": self.options.top})
+
+    @classmethod
+    def mixes(cls, options: Any) -> bool:
+        return True
+
+    @classmethod
+    def router(cls, knowledge: Knowledge) -> Router:
+        return Nearest.of(knowledge)
