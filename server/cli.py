@@ -155,7 +155,7 @@ def sweep(
     sweeppage.write_page(html or dir_ / "sweep.html", states, compared)
     if markdown:
         markdown.write_text(compared.markdown(), encoding="utf-8")
-    _write(json_, sweeppage.summary(states, compared))
+    write_json(json_, sweeppage.summary(states, compared))
     tell(f"run folders: {dir_}   page: {html or dir_ / 'sweep.html'}")
     sweeping.check(states)
 
