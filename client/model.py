@@ -40,7 +40,7 @@ class BaseModel:
     """
 
     def __init__(self, section: ModelSection, lora: LoraSection, projector: str = "frozen") -> None:
-        """projector: shared: it is trained, so features are kept from before it and `embed` projects them.
+        """projector: unless frozen, it is trained: features are kept from before it and `embed` projects them.
 
         Raises:
             BadInput: a base that cannot be loaded whole, lacks one of lora.targets or refuses model.system.
