@@ -132,8 +132,8 @@ class Disco(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         trained: set[int] = set()
         known = len(self.state.subspaces)
-        options, layout = merge_options(self.options), self.setup.layout.lora
-        self.state = organise(self.state, self._updates(replies, trained), options, self._start, layout)
+        options = merge_options(self.options)
+        self.state = organise(self.state, self._updates(replies, trained), options, self._start, self.layout)
         filled = sorted(j for j in trained if j >= known)
         number = {**{j: j for j in range(known)}, **{j: known + i for i, j in enumerate(filled)}}
         self._placement = {p: number[j] for p, j in self._placement.items() if j in number}
