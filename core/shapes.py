@@ -12,6 +12,7 @@ from safetensors import safe_open
 from fedstrata.core.adapters import FUSED, Flat, Layout
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
+from fedstrata.core.privacy import token_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -181,7 +182,25 @@ def weight_files(name: str) -> list[Path]:
 
 
 def token_dim(config: RunConfig) -> int:
-    """Length of an identity token. Raises `BadInput` when the encoder's settings are not on this machine."""
+    """Length of an identity token, by `strategy.token`.
+
+    Raises:
+        BadInput: the base's or the encoder's settings are not on this machine.
+    """
+    kind = token_options(config.strategy).token
+    return (0 if kind == "image" else _text_dim(config)) + (0 if kind == "text" else _sight_dim(config))
+
+
+def _sight_dim(config: RunConfig) -> int:
+    """Of a picture's feature, with the number that says that there is none (`client.identity.Sight`)."""
+    settings = _config(config.model.name, "model.name")
+    if not hasattr(settings, "vision_config"):
+        raise BadInput(f"strategy.token: needs a base that sees pictures, {config.model.name!r} does not")
+    layers = settings.vision_feature_layer
+    return int(settings.vision_config.hidden_size) * (len(layers) if isinstance(layers, list | tuple) else 1) + 1
+
+
+def _text_dim(config: RunConfig) -> int:
     name = config.model.text_encoder
     if name != "base":
         settings = _config(name, "model.text_encoder")
