@@ -25,6 +25,7 @@ from fedstrata.strategies.olora import OLora
 from fedstrata.strategies.replay import Replay
 from fedstrata.strategies.robust import FedMedian, FedTrimmed, Geomedian, MultiKrum
 from fedstrata.strategies.scaffold import Scaffold
+from fedstrata.strategies.strata import Strata
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
     "finetune": Finetune,
@@ -50,6 +51,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "copa": Copa,
     "hide": Hide,
     "disco": Disco,
+    "strata": Strata,
     "oracle": Oracle,
     "random-route": RandomRoute,
 }

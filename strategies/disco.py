@@ -28,6 +28,7 @@ from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.merging import MergeConfig, Merging, merge_options
 from fedstrata.strategies.optimizers import Moments, packed, unpacked
 
+Likeness = Callable[[npt.ArrayLike, npt.ArrayLike], npt.NDArray[np.float64]]  # of rows with rows
 ACTIVATIONS = ("softmax", "argmax", "cosine", "concat")
 FEDAVG = MergeConfig()
 
@@ -107,9 +108,12 @@ class Disco(Strategy):
 
     def meet(self, participants: Sequence[Participant]) -> None:
         super().meet(participants)
-        tokens = [participant.token for participant in participants]
-        found = place([t for t in tokens if t is not None], self.state.tokens(), self.tau, self.options.min_open)
+        found = self._places([p.token for p in participants if p.token is not None])
         self._placement = {p.partition: j for p, j in zip(participants, found, strict=True) if j is not None}
+
+    def _places(self, tokens: Sequence[Token]) -> list[int | None]:
+        """The subspace of each participant."""
+        return place(tokens, self.state.tokens(), self.tau, self.options.min_open)
 
     def placement(self) -> Mapping[int, int]:
         return self._placement
@@ -205,21 +209,23 @@ class SelectiveActivation:
         return activate(inputs.features, self.tokens, self.epsilon, self.activation)
 
 
-def match(token: npt.ArrayLike, tokens: npt.NDArray[np.float32], tau: float) -> int | None:
+def match(
+    token: npt.ArrayLike, tokens: npt.NDArray[np.float32], tau: float, likeness: Likeness = cosines
+) -> int | None:
     """j* = argmax_j cos(μ, μ_j) if that cosine is at least τ, else None: the token is new."""
     if not len(tokens):
         return None
-    similar = cosines(np.atleast_2d(np.asarray(token)), tokens)[0]
+    similar = likeness(np.atleast_2d(np.asarray(token)), tokens)[0]
     best = int(similar.argmax())
     return best if similar[best] >= tau else None
 
 
-def group(tokens: npt.ArrayLike, tau: float) -> list[list[int]]:
+def group(tokens: npt.ArrayLike, tau: float, likeness: Likeness = cosines) -> list[list[int]]:
     """Groups new tokens [N, D] by single linkage at τ, in the order of their first members.
 
     The rule for chains: a ~ b and b ~ c put a, b and c into one group even where a ≁ c.
     """
-    near = cosines(tokens, tokens) >= tau
+    near = likeness(tokens, tokens) >= tau
     label = list(range(len(near)))
     for i in range(len(near)):
         for j in range(i):
@@ -229,16 +235,22 @@ def group(tokens: npt.ArrayLike, tau: float) -> list[list[int]]:
     return [[i for i, value in enumerate(label) if value == first] for first in sorted(set(label))]
 
 
-def place(tokens: Sequence[Token], cache: npt.NDArray[np.float32], tau: float, min_open: int) -> list[int | None]:
+def place(
+    tokens: Sequence[Token],
+    cache: npt.NDArray[np.float32],
+    tau: float,
+    min_open: int,
+    likeness: Likeness = cosines,
+) -> list[int | None]:
     """For every participant the subspace it trains: an old one, a new one (index ≥ K), or None: it sits out.
 
     A mean over one or two instructions can fall below τ of its own task, so a group of fewer than `min_open`
     instructions opens nothing.
     """
-    found = [match(token.value, cache, tau) for token in tokens]
+    found = [match(token.value, cache, tau, likeness) for token in tokens]
     unmatched = [index for index, subspace in enumerate(found) if subspace is None]
     opened = len(cache)
-    for members in group(np.stack([tokens[i].value for i in unmatched]), tau) if unmatched else []:
+    for members in group(np.stack([tokens[i].value for i in unmatched]), tau, likeness) if unmatched else []:
         if sum(tokens[unmatched[m]].count for m in members) >= min_open:
             for member in members:
                 found[unmatched[member]] = opened
