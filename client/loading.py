@@ -19,6 +19,8 @@ from fedstrata.core.shapes import PROJECTOR, TOWER, architecture
 
 TINY = Path(__file__).parent / "tiny"
 PACKED = "support_avx512bf16_for_cpu"  # of bitsandbytes: it would rewrite the weights when they first answer
+KEPT = 256 << 20  # bytes
+MALLOPT = {-3: 32 << 20, -1: KEPT}  # M_MMAP_THRESHOLD, of which 32 MB is the most; M_TRIM_THRESHOLD
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -137,9 +139,24 @@ def check_language_model(name: str, model: Any, backbone: Any, layers: Mapping[s
 def give_back() -> None:
     """What loading took beside the base: the GNU allocator would keep it, in every worker of a machine."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    _allocator("malloc_trim", 0)
+
+
+def keep_freed() -> None:
+    """From now on the GNU allocator keeps what training frees, up to `KEPT`, for the next step's tensors.
+
+    It would hand every larger one back to the system, which fills a new one with zeros page by page: 7 % of a step at
+    hidden 64, 15 % at hidden 256.
+    """
+    for rule, size in MALLOPT.items():
+        _allocator("mallopt", rule, size)
+
+
+def _allocator(name: str, *arguments: int) -> None:
+    """Calls a function of the GNU C library; others have none of that name."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
 
 
 def _check_whole(name: str, report: Any) -> None:

@@ -5,8 +5,8 @@ The same code opens the embedded base, a local folder and a hub name; a LLaVA, o
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, cast
@@ -18,7 +18,8 @@ from torch import nn
 from fedstrata.client.checkpointing import checkpointed
 from fedstrata.client.encoder import ClipTextEncoder, TokenMeanEncoder, load_encoder
 from fedstrata.client.features import NoPictures, Pictured, Pictures
-from fedstrata.client.loading import TINY, check_language_model, find, give_back, open_base
+from fedstrata.client.fused import quick
+from fedstrata.client.loading import TINY, check_language_model, find, give_back, keep_freed, open_base
 from fedstrata.client.prompts import Prepared, Prompts
 from fedstrata.client.vision import Kept, Vision
 from fedstrata.core.config import LoraSection, ModelSection, StrategyConfig
@@ -71,6 +72,7 @@ class BaseModel:
             self.pictures = Pictures(Vision(self.model, reader, section.image_fit, Kept.of(self.layout)))
         self.prompts = Prompts(reader, self.image_token, section.system)
         give_back()
+        keep_freed()
 
     @cached_property
     def encoder(self) -> TokenMeanEncoder | ClipTextEncoder:
@@ -124,13 +126,15 @@ class BaseModel:
         """Hidden states [..., hidden] → logits [..., vocabulary]."""
         return self.model.get_output_embeddings()
 
-    def training(self, checkpointing: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def training(self, checkpointing: bool) -> Iterator[None]:
         """Open while a cohort trains. checkpointing: a layer's activations are computed again for its gradient.
 
         Raises:
             BadInput: checkpointing, and layers that are not fit for it.
         """
-        return checkpointed(self.backbone) if checkpointing else nullcontext()
+        with quick(self.backbone), checkpointed(self.backbone) if checkpointing else nullcontext():
+            yield
 
     def prompt(self, example: Example) -> str:
         """The chat template around the question, ready for the answer."""
