@@ -22,7 +22,7 @@ from fedstrata.core.adapters import Flat, Layout
 from fedstrata.core.records import Binding, TrainReply
 from fedstrata.server.flower_private import become_server, with_content
 from fedstrata.server.gate import Expected, read_update
-from fedstrata.server.replies import Replies
+from fedstrata.server.replies import Good, Replies
 from fedstrata.strategies.base import Setup
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig
 
@@ -162,7 +162,7 @@ def _whole(ours: Ours, count: int) -> list[str]:
         wanted = [Expected(records.binding(m), ours.size, 1, start) for m in ours.messages]
         jobs: dict[str, Callable[[int], Any]] = {
             "gate (finite, norm of the update)": lambda n: read_update(ours.messages[n % SOURCES], wanted[n % SOURCES]),
-            "keep (SHA-256, file)": lambda n: loads.append(kept.keep(_asked(n), ours.messages[n % SOURCES])),
+            "keep (SHA-256, file)": lambda n: loads.extend(kept.keep([Good(_asked(n), ours.messages[n % SOURCES])])),
             "load": lambda n: records.read_train_reply(loads[n]()),
         }
         for name, job in jobs.items():

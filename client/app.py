@@ -72,7 +72,7 @@ def train_one(message: Message, context: Context) -> Message:
 
 def train_cohort(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """Trains every message's adapter on its client's share; what a client remembers lies in its context."""
-    tasks = [records.train_task(message) for message in messages]
+    tasks = records.train_tasks(messages)
     config, base, scenario = world(tasks[0].assignment)
     method, shares, jobs = find(config.strategy.name), list[list[Row]](), list[Job]()
     for task, payload, context in zip(tasks, records.payloads(messages), contexts, strict=True):

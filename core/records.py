@@ -27,6 +27,7 @@ SHARED = "shared"
 PAYLOAD, EXTRA = "payload", "extra"  # what a method sends beside the adapter, down and up
 FLAT, TOKEN, TOKENS, COUNT = "flat", "token", "tokens", "num-examples"
 TOO_FEW = 100  # code of an error reply: fewer instructions than a token needs; Flower's own codes end at 8
+NOTHING = ArrayRecord()
 TRAIN_METRICS = {COUNT, "loss", "steps", "seconds"}
 
 
@@ -147,6 +148,14 @@ def arrays(**named: np.ndarray) -> ArrayRecord:
     return ArrayRecord({name: pack(value) for name, value in named.items()})
 
 
+def arrays_in(message: Message, name: str) -> ArrayRecord:
+    """Raises KeyError when the message has no array record of that name."""
+    record = message.content[name]  # Flower's view of one type of records is made anew each time
+    if not isinstance(record, ArrayRecord):
+        raise KeyError(name)
+    return record
+
+
 def to_meta(value: Assignment) -> ConfigRecord:
     fields = {**vars(value.binding), **{key: item for key, item in vars(value).items() if key != "binding"}}
     return ConfigRecord({key: list(item) if isinstance(item, tuple) else item for key, item in fields.items()})
@@ -154,7 +163,7 @@ def to_meta(value: Assignment) -> ConfigRecord:
 
 def assignment(message: Message) -> Assignment:
     """The assignment in a message's meta. Raises KeyError when it carries none."""
-    meta = message.content.config_records[META]
+    meta = cast(ConfigRecord, message.content[META])
     return Assignment(
         binding(message),
         tuple(cast(list[int], meta["tasks"])),
@@ -185,16 +194,28 @@ def train_content(flat: ArrayRecord, options: Mapping[str, Any], payload: ArrayR
     return RecordDict({ARRAYS: flat, **beside, CONFIG: ConfigRecord(dict(options))})
 
 
+def train_tasks(messages: Sequence[Message]) -> list[TrainTask]:
+    """Messages that share a record share one decoded adapter."""
+    decoded: dict[int, Flat] = {}
+    tasks = []
+    for message in messages:
+        record = cast(ArrayRecord, message.content[ARRAYS])
+        if id(record) not in decoded:
+            decoded[id(record)] = record[FLAT].numpy()
+        options = dict(cast(ConfigRecord, message.content[CONFIG])) if CONFIG in message.content else {}
+        tasks.append(TrainTask(assignment(message), decoded[id(record)], options))
+    return tasks
+
+
 def train_task(message: Message) -> TrainTask:
-    config = message.content.config_records.get(CONFIG, ConfigRecord())
-    flat = message.content.array_records[ARRAYS][FLAT].numpy()
-    return TrainTask(assignment(message), flat, dict(config))
+    """One message's."""
+    return train_tasks([message])[0]
 
 
 def payloads(messages: Sequence[Message]) -> list[Mapping[str, np.ndarray]]:
     """What came beside each message's adapter, {name: array}; messages that share a record share one decoded copy."""
     decoded: dict[int, Mapping[str, np.ndarray]] = {}
-    sent = [message.content.array_records.get(PAYLOAD, ArrayRecord()) for message in messages]
+    sent = [cast(ArrayRecord, message.content.get(PAYLOAD, NOTHING)) for message in messages]
     for record in sent:
         if id(record) not in decoded:
             decoded[id(record)] = {name: array.numpy() for name, array in record.items()}

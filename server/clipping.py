@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def starts(seats: Sequence[Seat], messages: Sequence[Message]) -> dict[int, Flat]:
     """partition → the adapter that it was sent; those of one subspace share its bytes."""
     at = {seat.node: seat.partition for seat in seats}
-    sent = {at[m.metadata.dst_node_id]: m.content.array_records.get(records.ARRAYS, ArrayRecord()) for m in messages}
+    sent = {
+        at[m.metadata.dst_node_id]: cast(ArrayRecord, m.content.get(records.ARRAYS, records.NOTHING)) for m in messages
+    }
     return {partition: view(arrays[records.FLAT]) for partition, arrays in sent.items() if records.FLAT in arrays}
 
 

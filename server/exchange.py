@@ -109,7 +109,7 @@ class Exchange:
         for request in sent:
             kept = None if id(request) in again else self.kept.have(request)
             if kept is not None:
-                intake.recall(request, *kept)
+                intake.recall(request, kept)
         return missing
 
 

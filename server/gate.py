@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedstrata.core import codec, records
 from fedstrata.core.identity import Token
@@ -168,7 +168,7 @@ def read_token(message: Message, want: Expected) -> Token:
 
 def _declared(message: Message, want: Expected) -> None:
     """The adapter's arrays: types, sizes and number of scales, before anything is decoded with them."""
-    arrays = message.content.array_records[records.ARRAYS]
+    arrays = records.arrays_in(message, records.ARRAYS)
     wanted = codec.declared(want.upload, want.size)
     for name, (dtype, size) in wanted.items():
         checks.declared(arrays[name], size, dtype=dtype)
@@ -182,7 +182,7 @@ def _declared(message: Message, want: Expected) -> None:
 
 def _extras(message: Message, want: Expected) -> None:
     """Exactly what the method declares, checked before anything is decoded: nothing else can leave a client."""
-    came = message.content.array_records.get(records.EXTRA, ArrayRecord())
+    came = records.arrays_in(message, records.EXTRA) if records.EXTRA in message.content else records.NOTHING
     checks.keys({records.EXTRA: sorted(came)}, {records.EXTRA: sorted(want.extras)})
     for name, shape in want.extras.items():
         checks.declared(came[name], *shape)
@@ -191,7 +191,7 @@ def _extras(message: Message, want: Expected) -> None:
 def _alone(message: Message, want: Expected) -> None:
     """Flower's own strategies average all that they find and end the run where replies differ in their keys."""
     content = message.content
-    came = {name: sorted(content[name]) for name in (*content.array_records, *content.metric_records)}
+    came = {name: sorted(held) for name, held in content.items() if isinstance(held, ArrayRecord | MetricRecord)}
     extra = {records.EXTRA: sorted(want.extras)} if want.extras else {}
     arrays = sorted(codec.declared(want.upload, want.size))
     checks.keys(came, {records.ARRAYS: arrays, **extra, records.METRICS: sorted(records.TRAIN_METRICS)})

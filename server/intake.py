@@ -12,7 +12,7 @@ from fedstrata.core.packing import owned
 from fedstrata.server.checks import Kind
 from fedstrata.server.gate import Expected, Rejected, first, pass_replies, strays
 from fedstrata.server.grids import LocalGrid
-from fedstrata.server.replies import Load, Replies, let_go
+from fedstrata.server.replies import Good, Load, Recalled, Replies, let_go
 
 T = TypeVar("T")
 
@@ -51,20 +51,20 @@ class Intake(Generic[T]):
         done = {reply.metadata.reply_to_message_id for reply in self._came}
         answers = set(first(new)) - done
         waiting = [request for request in asked if request.metadata.message_id in answers]
-        for request, reply, value in self._judge(waiting, new):
-            memory = self._grid.state(request.metadata.dst_node_id) if self._grid else None
-            load = self._kept.keep(request, reply, memory)
+        judged = self._judge(waiting, new)
+        good = [Good(request, reply, self._memory(request)) for request, reply, _ in judged]
+        for (request, _, value), load in zip(judged, self._kept.keep(good), strict=True):
             self._passed.append(Passed(self._partition(request), value, load))
         for reply in new:
             let_go(reply)
 
-    def recall(self, request: Message, reply: Message, memory: RecordDict) -> None:
+    def recall(self, request: Message, kept: Recalled) -> None:
         """A reply that an earlier process kept; its client remembers what it did then."""
-        for _, _, value in self._judge([request], [reply]):
-            self._passed.append(Passed(self._partition(request), value, self._kept.again(request, reply)))
+        for _, _, value in self._judge([request], [kept.reply]):
+            self._passed.append(Passed(self._partition(request), value, kept.load))
             if self._grid:
-                self._grid.remember(request.metadata.dst_node_id, _own(memory) if len(memory) else None)
-        let_go(reply)
+                self._grid.remember(request.metadata.dst_node_id, _own(kept.memory) if len(kept.memory) else None)
+        let_go(kept.reply)
 
     def passed(self) -> list[Passed[T]]:
         """Good replies in the order of their partitions, whatever order they came in."""
@@ -92,6 +92,9 @@ class Intake(Generic[T]):
             judged += [(request, reply, value) for reply, value in good]
             self._rejected |= {id(request): rejected for rejected in bad}
         return judged
+
+    def _memory(self, request: Message) -> RecordDict | None:
+        return self._grid.state(request.metadata.dst_node_id) if self._grid else None
 
     def _partition(self, request: Message) -> int:
         return self._expected[request.metadata.dst_node_id].binding.partition

@@ -1,4 +1,4 @@
-"""The form of a kept reply: one file that is written in one pass and read through the system's page cache.
+"""The form of kept replies: one file that is written in one pass and read through the system's page cache.
 
 A line of JSON (padded to whole 64 bytes), the records without arrays as Flower serialises them, then the bytes of
 every array, each at a multiple of 64. Reading maps the file: an array costs memory only while somebody looks at it.
@@ -31,17 +31,17 @@ class Slot:
     arrays: Sequence[Sequence[Any]]
     rests: Sequence[RecordDict]
 
-    def load(self) -> list[RecordDict]:
-        """What was written. Raises OSError when the file is gone."""
-        dicts = [RecordDict(dict(rest.items())) for rest in self.rests]
-        return _filled(dicts, self.arrays, _map(self.path)[self.begin :])
+    def load(self, number: int) -> RecordDict:
+        """The `number`-th of what was written. Raises OSError when the file is gone."""
+        content = RecordDict(dict(self.rests[number].items()))
+        return _filled(content, number, self.arrays, _map(self.path)[self.begin :])
 
 
 def write(path: Path, head: Mapping[str, Any], dicts: Sequence[RecordDict]) -> Slot:
     """Writes some records under a head; after a power cut the file may be gone. Raises OSError when it does not fit."""
     rests = [_rest(content) for content in dicts]
     parts = [recorddict_to_proto(rest).SerializeToString() for rest in rests]
-    lengths = [len(part) for part in parts]
+    lengths, end = [len(part) for part in parts], sum(map(len, parts))
     table: list[tuple[int, str, list[Any]]] = []
     for number, content in enumerate(dicts):
         for record, held in content.items():
@@ -49,10 +49,10 @@ def write(path: Path, head: Mapping[str, Any], dicts: Sequence[RecordDict]) -> S
                 continue
             table.append((number, record, []))
             for name, array in held.items():
-                parts.append(b"\0" * (-sum(map(len, parts)) % ALIGN))
-                begin = sum(map(len, parts))
+                parts += [b"\0" * (-end % ALIGN), array.data]
+                begin = end + -end % ALIGN
                 table[-1][2].append([name, array.dtype, list(array.shape), array.stype, begin, len(array.data)])
-                parts.append(array.data)
+                end = begin + len(array.data)
     found = {**head, "records": lengths, "arrays": table, "sha256": _sha256(parts)}
     line = json.dumps(found, sort_keys=True).encode()
     line += b" " * (-(len(line) + 1) % ALIGN) + b"\n"
@@ -60,19 +60,25 @@ def write(path: Path, head: Mapping[str, Any], dicts: Sequence[RecordDict]) -> S
     return Slot(path, len(line), table, rests)
 
 
-def read(path: Path, head: Mapping[str, Any]) -> list[RecordDict]:
-    """What was written under this head. Raises OSError, ValueError, KeyError or TypeError when that is not there."""
+def head(path: Path) -> dict[str, Any]:
+    """What a file says of itself. Raises OSError or ValueError when it says nothing."""
+    found: dict[str, Any] = json.loads(_open(path)[0])
+    return found
+
+
+def sound(path: Path) -> bool:
+    """Whether a file holds what was written. Raises OSError, ValueError, KeyError or TypeError when it is none."""
+    line, body = _open(path)
+    return bool(json.loads(line)["sha256"] == _sha256([body]))
+
+
+def read(path: Path, number: int) -> RecordDict:
+    """The `number`-th of what was written, which is not verified again. Raises OSError when the file is gone."""
     line, body = _open(path)
     found = json.loads(line)
-    if any(found[key] != value for key, value in head.items()) or found["sha256"] != _sha256([body]):
-        raise ValueError(f"{path.name}: is not what was written")
-    return _records(found, body)
-
-
-def again(path: Path) -> list[RecordDict]:
-    """What this process has written or verified before. Raises OSError when the file is gone."""
-    line, body = _open(path)
-    return _records(json.loads(line), body)
+    begin, length = sum(found["records"][:number]), found["records"][number]
+    content = recorddict_from_proto(Proto.FromString(bytes(body[begin : begin + length])))
+    return _filled(content, number, found["arrays"], body)
 
 
 def _open(path: Path) -> tuple[bytes, memoryview]:
@@ -86,20 +92,13 @@ def _map(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _records(found: Mapping[str, Any], body: memoryview) -> list[RecordDict]:
-    dicts, begin = [], 0
-    for length in found["records"]:
-        dicts.append(recorddict_from_proto(Proto.FromString(bytes(body[begin : begin + length]))))
-        begin += length
-    return _filled(dicts, found["arrays"], body)
-
-
-def _filled(dicts: list[RecordDict], arrays: Sequence[Sequence[Any]], body: memoryview) -> list[RecordDict]:
+def _filled(content: RecordDict, which: int, arrays: Sequence[Sequence[Any]], body: memoryview) -> RecordDict:
     """Puts the arrays back that lie in the body."""
     for number, record, held in arrays:
-        views = [(name, over(dtype, tuple(shape), body[a : a + n], stype)) for name, dtype, shape, stype, a, n in held]
-        dicts[number][record] = gather(views)
-    return dicts
+        if number == which:
+            there = [(n, over(dtype, tuple(shape), body[a : a + k], s)) for n, dtype, shape, s, a, k in held]
+            content[record] = gather(there)
+    return content
 
 
 def _rest(content: RecordDict) -> RecordDict:

@@ -1,16 +1,17 @@
-"""The good replies of the round that is under way: one file each, so that a resume asks only the clients it lacks, and
-so that the server holds the arrays of one at a time.
+"""The good replies of the round that is under way: one file for those that came together, so that a resume asks only
+the clients it lacks, and so that the server holds the arrays of one at a time.
 
-`checkpoints/round-<stage>-<round>/<kind>-<client>.reply` says what the reply answers and what its hash is, and holds
-the reply's content beside what the client remembers (`server/kept.py` has the form). After a restart it is believed
-only if all of that fits; then it passes the gate again.
+`checkpoints/round-<stage>-<round>/<kind>-<first client>.reply` says what each reply answers and what the file's hash
+is, and holds each reply's content beside what its client remembers (`server/kept.py` has the form). After a restart a
+reply is believed only if all of that fits; then it passes the gate again.
 """
 
 import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,40 +26,63 @@ from fedstrata.server.flower_private import set_message_id, with_content
 Load = Callable[[], Message]
 
 
+@dataclass(frozen=True)
+class Good:
+    """A reply that passed the gate; `memory`: what its client remembers from now on, where the grid knows it."""
+
+    request: Message
+    reply: Message
+    memory: RecordDict | None = None
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A reply that an earlier process kept, what its client remembered, and how to have the whole of it again."""
+
+    reply: Message
+    memory: RecordDict
+    load: Load
+
+
 class Replies:
     """Kept replies under one folder; without a folder they stay in memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._seen: dict[int, tuple[ArrayRecord, str]] = {}  # by identity; clients share what they are sent
+        self._looked: Path | None = None
+        self._found: dict[str, tuple[Path, int]] = {}  # what was asked → where an earlier process kept the answer
 
-    def keep(self, request: Message, reply: Message, memory: RecordDict | None = None) -> Load:
-        """Stores a reply that passed the gate; says how to have it back once its arrays were let go of.
-
-        memory: what the client remembers from now on, where the grid knows it.
-        """
+    def keep(self, came: Sequence[Good]) -> list[Load]:
+        """Stores replies that passed the gate; says how to have each back once its arrays were let go of."""
         if self.folder is None:
-            return partial(with_content, reply, RecordDict({name: reply.content[name] for name in reply.content}))
-        path = self._path(request)
+            contents = [RecordDict({name: good.reply.content[name] for name in good.reply.content}) for good in came]
+            return [partial(with_content, good.reply, content) for good, content in zip(came, contents, strict=True)]
+        if not came:
+            return []
+        path = self._path(came[0].request)
         path.parent.mkdir(parents=True, exist_ok=True)
-        slot = kept.write(path, self._asked(request), [reply.content, memory or RecordDict()])
-        return lambda: with_content(reply, slot.load()[0])
+        contents = [content for good in came for content in (good.reply.content, good.memory or RecordDict())]
+        slot = kept.write(path, {"asked": [self._asked(good.request) for good in came]}, contents)
+        return [partial(_load, good.reply, slot, 2 * number) for number, good in enumerate(came)]
 
-    def have(self, request: Message) -> tuple[Message, RecordDict] | None:
-        """The reply that was kept for a request and its client's memory; None when there is none that fits."""
-        if self.folder is None or not (path := self._path(request)).exists():
+    def have(self, request: Message) -> Recalled | None:
+        """The reply that was kept for a request; None when there is none that fits."""
+        if self.folder is None:
             return None
-        try:
-            content, memory = kept.read(path, self._asked(request))
-        except (OSError, ValueError, KeyError, TypeError):
+        path = self._path(request)
+        if path.parent != self._looked:
+            self._looked, self._found = path.parent, dict(_there(path.parent))
+        if not self._found:
             return None
+        found = self._found.get(json.dumps(self._asked(request), sort_keys=True))
+        if found is None:
+            return None
+        content, memory = (kept.read(found[0], 2 * found[1] + part) for part in (0, 1))
         at = records.binding(request)
         set_message_id(request.metadata, f"kept-{request.metadata.message_type}-{at.partition}")  # it is never sent
-        return Message(content, reply_to=request), memory
-
-    def again(self, request: Message, reply: Message) -> Load:
-        """As `keep`, for a reply that `have` found."""
-        return partial(_read, self._path(request), reply)
+        reply = Message(content, reply_to=request)
+        return Recalled(reply, memory, lambda: with_content(reply, kept.read(found[0], 2 * found[1])))
 
     def clear(self) -> None:
         """The round is committed."""
@@ -104,8 +128,16 @@ def whole_units(units: Sequence[Sequence[Message]], kept: set[int]) -> list[list
     return [list(unit) for unit in units if not all(id(message) in kept for message in unit)]
 
 
-def _read(path: Path, reply: Message) -> Message:
-    return with_content(reply, kept.again(path)[0])
+def _there(folder: Path) -> Iterator[tuple[str, tuple[Path, int]]]:
+    """(what was asked, (file, number)) of all replies in the folder's sound files."""
+    for path in sorted(folder.glob("*.reply")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            asked = kept.head(path)["asked"] if kept.sound(path) else []
+            yield from [(json.dumps(one, sort_keys=True), (path, number)) for number, one in enumerate(asked)]
+
+
+def _load(reply: Message, slot: kept.Slot, number: int) -> Message:
+    return with_content(reply, slot.load(number))
 
 
 def let_go(reply: Message) -> None:

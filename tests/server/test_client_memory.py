@@ -96,9 +96,8 @@ def test_a_whole_cohort_that_is_asked_again_starts_from_what_it_remembered_befor
 ) -> None:
     with pytest.raises(Interrupted):
         launch.run(config(tmp_path / "run"), QUIET, Stopping(4))  # within round 2
-    kept = sorted((tmp_path / "run" / "checkpoints").glob("round-1-2/train-*.reply"))
-    assert len(kept) == 2
-    kept[0].unlink()  # half a cohort is no cohort
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("round-1-2/train-*.reply")
+    kept.write_bytes(kept.read_bytes()[:-1])  # a file that is not whole is not believed
     grid = Stopping()
     launch.resume(tmp_path / "run", QUIET, grid)
     assert final(tmp_path / "run") == final(whole[0])

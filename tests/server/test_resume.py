@@ -126,8 +126,14 @@ class Counting(InProcessGrid):
         return super().send_and_receive(asked, timeout=timeout)
 
 
-def kept(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder / "checkpoints")) for path in folder.rglob("*.reply"))
+def kept(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.reply"))
+
+
+def answered(files: Iterable[Path]) -> list[int]:
+    """Whose replies the files hold."""
+    heads = [json.loads(path.read_bytes().partition(b"\n")[0]) for path in files]
+    return [asked["partition"] for head in heads for asked in head["asked"]]
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -138,11 +144,11 @@ def test_within_a_round_only_missing_cohorts_are_asked_again(tmp_path: Path, siz
     with pytest.raises(Interrupted):
         launch.run(config(tmp_path / "run", *words), QUIET, Counting(stop=2))
     trained = first[:size]
-    there = kept(tmp_path / "run")
-    assert [name for name in there if "train" in name] == sorted(f"round-1-1/train-{c}.reply" for c in trained)
-    assert sum("query.identify" in name for name in there) == 4
-    if size == 2:  # half a cohort is no cohort
-        (tmp_path / "run" / "checkpoints" / f"round-1-1/train-{trained[0]}.reply").unlink()
+    folder = tmp_path / "run" / "checkpoints" / "round-1-1"
+    assert answered(folder.glob("train-*.reply")) == trained
+    assert len(answered(folder.glob("query.identify-*.reply"))) == 4
+    if size == 2:  # what is there of it is not what was written
+        (folder / f"train-{trained[0]}.reply").write_bytes(b"half a cohort")
     grid = Counting()
     launch.resume(tmp_path / "run", QUIET, grid)
     asked = [client for kind, client in grid.served if kind == "train"][: 4 if size == 2 else 3]
@@ -165,7 +171,8 @@ def test_a_kept_reply_that_does_not_fit_is_not_believed(tmp_path: Path, spoil: s
     elif spoil == "cut":
         data = data[:-9]
     else:  # whole, but of another adapter
-        line = json.dumps({**json.loads(line), "asked": "0" * 64}, sort_keys=True).encode()
+        head = json.loads(line)
+        line = json.dumps({**head, "asked": [{**head["asked"][0], "asked": "0" * 64}]}, sort_keys=True).encode()
     path.write_bytes(line + b"\n" + data)
     grid = Counting()
     launch.resume(tmp_path / "run", QUIET, grid)
