@@ -1,13 +1,13 @@
 """`fedstrata list`: strategies, scenarios, models."""
 
-import inspect
+import re
 
 from rich.console import Console
 from rich.table import Table
 
 from fedstrata import scenarios
 from fedstrata.core.errors import unknown
-from fedstrata.strategies import STRATEGIES
+from fedstrata.server import methods
 
 MODELS = {
     "tiny": "the embedded base: a 0.9 M-parameter LLaVA that ships with fedstrata; CPU, no download",
@@ -18,21 +18,19 @@ MODELS = {
 
 def show(what: str, console: Console) -> None:
     """Prints one catalogue or all. Raises `BadInput` for another word."""
-    tables = {"strategies": strategies(), "scenarios": scenarios.catalogue(), "models": MODELS}
+    tables = {"strategies": strategies, "scenarios": lambda: scenarios.catalogue().items(), "models": MODELS.items}
     if what and what not in tables:
         raise unknown("list", what, tables)
     for name, rows in tables.items():
         if what in ("", name):
-            table = Table("name", "about", title=name, title_justify="left")
-            for key, about in rows.items():
-                table.add_row(key, about)
+            columns = methods.COLUMNS if name == "strategies" else ("name", "about")
+            table = Table(*columns, title=name, title_justify="left")
+            table.columns[0].no_wrap = True
+            for row in rows():
+                table.add_row(*row)
             console.print(table)
 
 
-def strategies() -> dict[str, str]:
-    """Name → first line of its class, and whether it uses task identity."""
-    rows = {}
-    for name, kind in STRATEGIES.items():
-        first = (inspect.getdoc(kind) or "").partition("\n")[0]
-        rows[name] = f"{first} Uses task identity: {'yes' if kind.uses_task_identity else 'no'}."
-    return rows
+def strategies() -> list[tuple[str, ...]]:
+    """What each method is, needs and costs; a paper without its link."""
+    return [tuple(re.sub(r"\[(.*?)\]\(.*?\)", r"\1", cell) for cell in row.cells()) for row in methods.methods()]

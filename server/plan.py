@@ -189,10 +189,9 @@ def _scored(
     stages: Sequence[Sequence[Visit]],
 ) -> int:
     """Bytes of all scorings: every shard gets all that is known then. A shared tail travels once."""
-    known, moved, apart = len(strategy.knowledge().adapters), 0, config.strategy.projector == "per-subspace"
+    known, moved = len(strategy.knowledge().adapters), 0
     for done in range(len(stages) + 1):
         seen = {task for stage in stages[:done] for visit in stage for task in visit.tasks}
         adapter = 4 * layout.lora.size(strategy.rank_after(done))
-        subspaces = known or len(seen)
-        moved += subspaces * (adapter + token) + 4 * layout.tail * (subspaces if apart else 1)
+        moved += (known or len(seen)) * (adapter + token) + 4 * layout.tail
     return moved * len(cut(scenario, config.evaluate.split, config.evaluate.shard))

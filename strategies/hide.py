@@ -44,6 +44,7 @@ class HideConfig(DiscoConfig):
     """Options of HiDe-LLaVA. Tasks are told, so `tau` and `min_open` decide nothing."""
 
     name: str = "hide"
+    token: str = "both"  # text | image | both: what anchors are made of; a base without vision has text alone
     epsilon: float | None = 0.1  # softmax temperature of the anchors
     fuse: str = "factor"  # factor: (Σ B)(Σ A), as published; delta: Σ B A, as written
     expand: int = 1  # how many of the last decoder layers keep one slot per task

@@ -21,6 +21,7 @@ from fedstrata.core.config import RunConfig
 from fedstrata.core.identity import Token
 from fedstrata.core.records import Binding, Knowledge, TrainReply
 from fedstrata.server import checkpoint, configure, export, launch, preparing
+from fedstrata.server.methods import upload_bytes
 from fedstrata.strategies import STRATEGIES
 from fedstrata.strategies.base import Inputs, Participant, Parts, Strategy
 
@@ -224,8 +225,11 @@ def test_at_strength_zero_it_is_the_plain_run_bit_for_bit(outcome: Any, name: st
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_it_sends_and_gets_the_bytes_that_were_computed(outcome: Any, name: str) -> None:
+def test_it_sends_and_gets_the_bytes_that_were_computed(outcome: Any, driver: Driver, name: str) -> None:
+    """By the plan of the whole run, and by the table's figure of one client-round: two clients, two stages."""
     summary = json.loads((outcome(name, {}) / "summary.json").read_text(encoding="utf-8"))
     assert summary["status"] == "completed"
     for what in ("bytes_up", "bytes_down", "bytes_eval"):
         assert summary["plan"][what]["planned"] == summary[what] > 0, what
+    sent = sum(2 * (upload_bytes(driver.new(), stage, 1) + 4 * driver.prepared.description.dim) for stage in (1, 2))
+    assert summary["bytes_up"] == sent
