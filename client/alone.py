@@ -85,10 +85,9 @@ def _step(cohort: Injected, optimiser: torch.optim.Optimizer, settings: TrainSec
 class Switch:
     """K adapters on one frozen base, of which one at a time answers; the counterpart of `Mixture`."""
 
-    def __init__(self, base: BaseModel, flats: Sequence[Flat], scaling: float, shared: Flat) -> None:
-        """`flats` without the layout's tail, which all of them share."""
-        self.base, self.scaling = base, scaling
-        self.flats = [np.concatenate([flat, shared]) for flat in flats]
+    def __init__(self, base: BaseModel, flats: Sequence[Flat], scaling: float) -> None:
+        """`flats` with the layout's tail."""
+        self.base, self.scaling, self.flats = base, scaling, flats
         self._open: Injected | None = None
 
     def activate(self, weights: torch.Tensor, tokens: int = 0) -> None:

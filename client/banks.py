@@ -67,7 +67,7 @@ _BANKS: list[tuple[BaseModel, str, Bank]] = []  # at most one
 def _build(base: BaseModel, knowledge: Knowledge, scaling: float) -> Bank:
     """The factors in the type that the base computes in, so that nothing is converted while it answers."""
     if base.layout.kind not in STACKED:
-        return Switch(base, knowledge.adapters, scaling, knowledge.shared)
+        return Switch(base, knowledge.whole(base.layout.tail), scaling)
     dtype = base.model.get_input_embeddings().weight.dtype
     if base.layout.kind == "prompts":
         return Prompted.of(base, knowledge.adapters)

@@ -37,7 +37,8 @@ class Mixture:
     scaling: float
     rank: int
     subspaces: int
-    dense: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter of the tail → its difference
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter of the tail → its differences [1 or K, …]
+    _alphas: torch.Tensor = field(default_factory=lambda: torch.ones(1, 1))  # α [B, K] of those
     _weights: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 1, 0))  # γ α [B, 1, used ranks]
     _used: tuple[int, ...] = ()  # subspaces with a weight above 0
     _active: Factors = field(default_factory=dict)  # the factors of those
@@ -54,8 +55,12 @@ class Mixture:
         dtype: torch.dtype,
         shared: Flat | None = None,
     ) -> "Mixture":
-        """All subspaces at weight 1; `flats` without the tail, which all of them share: `shared`, or none."""
-        tail = {} if shared is None or not shared.size else layout.dense_views(shared)
+        """All subspaces at weight 1; `flats` without the tail. `shared`: one for all of them, K of them, or none."""
+        tails = [] if shared is None or not shared.size else np.split(shared, shared.size // layout.tail)
+        dense = {
+            name: torch.from_numpy(np.stack([layout.dense_views(tail)[name] for tail in tails])).to(device, dtype)
+            for name, _ in (layout.dense if tails else ())
+        }
         layout = layout.lora
         views = [layout.split(flat) for flat in flats]
         factors = {}
@@ -63,7 +68,6 @@ class Mixture:
             a = np.concatenate([view[name][0] for view in views], axis=0)
             b = np.concatenate([view[name][1] for view in views], axis=1)
             factors[name] = (torch.from_numpy(a).to(device, dtype), torch.from_numpy(b).to(device, dtype))
-        dense = {name: torch.from_numpy(value.copy()).to(device, dtype) for name, value in tail.items()}
         mixture = Mixture(factors, scaling, layout.rank(flats[0]), len(flats), dense)
         mixture.activate(torch.ones(1, len(flats)))
         return mixture
@@ -79,6 +83,7 @@ class Mixture:
         self._merging = bool((weights == weights[:1]).all()) and self._pays(tokens)
         if self._merging:
             weights = weights[:1]
+        self._alphas = weights
         a, _ = next(iter(self.factors.values()))
         spread = weights[:, list(self._used)].to(a.device, a.dtype).repeat_interleave(self.rank, dim=1)
         self._weights = self.scaling * spread.unsqueeze(1)
@@ -127,9 +132,15 @@ class Mixture:
         return out
 
     def _shifted(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """out + x ΔWᵀ + Δb."""
-        weight = self.dense[f"{name}.weight"]
-        return out + F.linear(x.to(weight.dtype), weight, self.dense.get(f"{name}.bias")).to(out.dtype)
+        """out + x ΔWᵀ + Δb; where every subspace has its own, out + Σ α_i (x ΔW_iᵀ + Δb_i)."""
+        weights, biases = self.dense[f"{name}.weight"], self.dense.get(f"{name}.bias")
+        alphas = self._alphas.to(weights.device, weights.dtype)
+        for i in (0,) if len(weights) == 1 else self._used:
+            moved = F.linear(x.to(weights.dtype), weights[i], None if biases is None else biases[i])
+            if len(weights) > 1:
+                moved = alphas[:, i, None, None] * moved
+            out = out + moved.to(out.dtype)
+        return out
 
     def _merge(self, name: str, layer: nn.Module) -> torch.Tensor | None:
         """W + ΔW, computed when the layer first needs it.

@@ -24,6 +24,7 @@ from fedstrata.client.prompts import Prepared, Prompts
 from fedstrata.client.vision import Kept, Vision
 from fedstrata.core.config import LoraSection, ModelSection, StrategyConfig
 from fedstrata.core.errors import BadInput
+from fedstrata.core.privacy import token_options
 from fedstrata.core.shapes import find_layout, language_model
 from fedstrata.scenarios.stream import Example
 
@@ -41,7 +42,7 @@ class BaseModel:
     """
 
     def __init__(self, section: ModelSection, lora: LoraSection, projector: str = "frozen") -> None:
-        """projector: shared: it is trained, so features are kept from before it and `embed` projects them.
+        """projector: unless frozen, it is trained: features are kept from before it and `embed` projects them.
 
         Raises:
             BadInput: a base that cannot be loaded whole, lacks one of lora.targets or refuses model.system.
@@ -81,8 +82,16 @@ class BaseModel:
 
     def train_as(self, strategy: StrategyConfig) -> None:
         """Runs of one base follow each other in a process, and what each trains is its method's."""
-        hidden = self.model.config.get_text_config().hidden_size
-        self.layout = strategy.trains(self.found, hidden, lambda: self.encoder.dim)
+        from fedstrata.client.identity import identity  # it needs this module
+
+        hidden, token = self.model.config.get_text_config().hidden_size, token_options(strategy).token
+        self.layout = strategy.trains(self.found, hidden, lambda: identity(self, token).dim)
+
+    def encode(self, examples: Sequence[Example], token: str = "text") -> torch.Tensor:
+        """What examples are about, [n, D]; token: text | image | both."""
+        from fedstrata.client.identity import identity
+
+        return identity(self, token).encode(examples)
 
     @cached_property
     def hash(self) -> str:

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -53,9 +53,11 @@ class StrategyConfig:
     name: str = "disco"
     projector: str = "frozen"  # frozen | shared: trained by every client, averaged over all participants
 
+    projectors: ClassVar[tuple[str, ...]] = PROJECTORS  # that the method knows
+
     def __post_init__(self) -> None:
         """A method's own `__post_init__` begins with `super().__post_init__()`."""
-        require(self.projector in PROJECTORS, "strategy.projector", " or ".join(PROJECTORS), self.projector)
+        require(self.projector in self.projectors, "strategy.projector", " or ".join(self.projectors), self.projector)
 
     def trains(self, lora: "Layout", hidden: int, features: Callable[[], int]) -> "Layout":
         """What is trained: the LoRA of `lora.targets`, or a method's own kind of adapter in its place.

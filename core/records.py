@@ -80,13 +80,20 @@ class TrainReply:
 class Knowledge:
     """What answers at inference: K flat adapters of one rank and, for a router, their K tokens [K, D].
 
-    shared: the layout's dense tail, which all adapters share and none of them carries; empty without one.
+    shared: the layout's dense tail, which all adapters share and none of them carries; empty without one. Where every
+        adapter has its own, those of all of them one after another.
     """
 
     adapters: tuple[Flat, ...]
     tokens: Vector = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
     options: Mapping[str, Any] = field(default_factory=dict)
     shared: Flat = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+
+    def whole(self, tail: int) -> list[Flat]:
+        """The adapters, each with its tail of this length behind it."""
+        last = max(self.shared.size - tail, 0)
+        starts = [min(index * tail, last) for index in range(len(self.adapters))]
+        return [np.concatenate([a, self.shared[i : i + tail]]) for a, i in zip(self.adapters, starts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from fedstrata.core.adapters import FUSED, Flat, Layout
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
+from fedstrata.core.privacy import token_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,7 +101,7 @@ def find_layout(model: "nn.Module", targets: Sequence[str], projector: str = "fr
     that ends no such name, but is a whole name or the end of one with a dot in it, stands for layers anywhere else:
     multi_modal_projector.linear_1, vision_tower.encoder.layers.0.self_attn.q_proj.
 
-    projector: shared: with the multimodal projector's parameters as the dense tail.
+    projector: shared, per-subspace: with the multimodal projector's parameters as the dense tail.
     kind: lora.kind.
 
     Raises:
@@ -114,13 +115,13 @@ def find_layout(model: "nn.Module", targets: Sequence[str], projector: str = "fr
     chosen = {name for target in targets for name in _named(linear, target, inside)}
     _check_rows(model, [name for name in chosen if not name.startswith(inside)])
     dense = [(name, tuple(p.shape)) for name, p in model.named_parameters() if f".{PROJECTOR}." in f".{name}"]
-    if projector == "shared" and not dense:
-        raise BadInput("strategy.projector: 'shared' needs a base with a multimodal projector, this one has none")
-    both = [name for name in chosen if f".{PROJECTOR}." in f".{name}"] if projector == "shared" else []
+    if projector != "frozen" and not dense:
+        raise BadInput(f"strategy.projector: {projector!r} needs a base with a multimodal projector, this one has none")
+    both = [name for name in chosen if f".{PROJECTOR}." in f".{name}"] if projector != "frozen" else []
     if both:
-        raise BadInput(f"lora.targets: {min(both)}: strategy.projector=shared trains this layer whole")
+        raise BadInput(f"lora.targets: {min(both)}: strategy.projector={projector} trains this layer whole")
     modules = [(name, linear[name].out_features, linear[name].in_features) for name in sorted(chosen)]
-    return Layout(tuple(modules), tuple(dense) if projector == "shared" else (), "lora" if kind in FUSED else kind)
+    return Layout(tuple(modules), tuple(dense) if projector != "frozen" else (), "lora" if kind in FUSED else kind)
 
 
 def _named(linear: "Mapping[str, nn.Linear]", target: str, inside: str) -> list[str]:
@@ -181,7 +182,25 @@ def weight_files(name: str) -> list[Path]:
 
 
 def token_dim(config: RunConfig) -> int:
-    """Length of an identity token. Raises `BadInput` when the encoder's settings are not on this machine."""
+    """Length of an identity token, by `strategy.token`.
+
+    Raises:
+        BadInput: the base's or the encoder's settings are not on this machine.
+    """
+    kind = token_options(config.strategy).token
+    return (0 if kind == "image" else _text_dim(config)) + (0 if kind == "text" else _sight_dim(config))
+
+
+def _sight_dim(config: RunConfig) -> int:
+    """Of a picture's feature, with the number that says that there is none (`client.identity.Sight`)."""
+    settings = _config(config.model.name, "model.name")
+    if not hasattr(settings, "vision_config"):
+        raise BadInput(f"strategy.token: needs a base that sees pictures, {config.model.name!r} does not")
+    layers = settings.vision_feature_layer
+    return int(settings.vision_config.hidden_size) * (len(layers) if isinstance(layers, list | tuple) else 1) + 1
+
+
+def _text_dim(config: RunConfig) -> int:
     name = config.model.text_encoder
     if name != "base":
         settings = _config(name, "model.text_encoder")

@@ -65,7 +65,7 @@ def preview(
             write(told, path)
     if partition:
         scenario.save_partition(partition)
-    _write(json_, told.json())
+    write_json(json_, told.json())
 
 
 @cli.command()
@@ -94,7 +94,7 @@ def show(folder: Path, json_: Path | None) -> None:
     console.print(matrix_table(finished.matrix))
     for line in summary_lines(finished.summary):
         console.print(line, highlight=False, markup=False)
-    _write(json_, finished.summary)
+    write_json(json_, finished.summary)
     console.print(f"run folder: {folder}   report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -114,7 +114,7 @@ def compare(
     console.print(comparison.table())
     (markdown or Path("compare.md")).write_text(comparison.markdown(), encoding="utf-8")
     (csv or Path("compare.csv")).write_text(comparison.csv(), encoding="utf-8")
-    _write(json_, comparison.json())
+    write_json(json_, comparison.json())
     console.print(f"written: {markdown or 'compare.md'}, {csv or 'compare.csv'}", highlight=False)
 
 
@@ -155,7 +155,7 @@ def sweep(
     sweeppage.write_page(html or dir_ / "sweep.html", states, compared)
     if markdown:
         markdown.write_text(compared.markdown(), encoding="utf-8")
-    _write(json_, sweeppage.summary(states, compared))
+    write_json(json_, sweeppage.summary(states, compared))
     tell(f"run folders: {dir_}   page: {html or dir_ / 'sweep.html'}")
     sweeping.check(states)
 
@@ -200,7 +200,7 @@ def ask(
     console.print(reply.text, highlight=False, markup=False)
     for name, weight in reply.weights:
         console.print(f"  α {weight:.3f}  {name}", highlight=False, markup=False)
-    _write(json_, {"answer": reply.text, "weights": dict(reply.weights)})
+    write_json(json_, {"answer": reply.text, "weights": dict(reply.weights)})
 
 
 @cli.command()
@@ -217,10 +217,10 @@ def bench(
         return
     result = benches.measure(name)
     benches.show(result, console)
-    _write(json_, result)
+    write_json(json_, result)
 
 
-def _write(path: Path | None, result: object) -> None:
+def write_json(path: Path | None, result: object) -> None:
     """`--json FILE`."""
     if path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

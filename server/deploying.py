@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+
+from fedstrata.core.errors import FedstrataError
 
 deploy = typer.Typer(no_args_is_help=True, help="A deployment: real clients that keep their own data (docs/deploy.md).")
 console = Console()
@@ -41,3 +44,33 @@ def run(
     recipe, overrides = configure.split_recipe(words or [])
     place = deployflower.place_of(os.environ, insecure)
     cli.show(deployrun.supervise(place, recipe, overrides, attempts, console), None)
+
+
+@deploy.command()
+def status(
+    run_dir: Annotated[Path | None, typer.Argument(help="A run folder, or a folder of them: the newest.")] = None,
+    insecure: Insecure = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON.")] = None,
+) -> None:
+    """Who is connected, the round, when each client last took part, bytes."""
+    from fedstrata.server import cli, deployflower, deploystatus
+
+    flower = deployflower.Flower(deployflower.place_of(os.environ, insecure))
+    if run_dir is not None and not (run_dir / "config.yaml").exists():
+        run_dir = deploystatus.newest(run_dir)
+    told = deploystatus.status(flower, run_dir)
+    deploystatus.show(told, console)
+    cli.write_json(json_, told)
+
+
+@deploy.command()
+def check(insecure: Insecure = False) -> None:
+    """Ports, clocks, certificates, keys and data, on a client's host or the server's."""
+    from fedstrata.server import deploycheck, deployflower
+
+    found = list(deploycheck.findings(deployflower.place_of(os.environ, insecure), os.environ))
+    for each in found:
+        label = "[green]ok [/green]" if each.good else "[bold red]BAD[/bold red]"
+        console.print(f"{label} {escape(each.what)}: {escape(each.why)}", highlight=False, soft_wrap=True)
+    if bad := [each.what for each in found if not each.good]:
+        raise FedstrataError(f"not ready: {', '.join(bad)}")

@@ -19,7 +19,7 @@ from fedstrata.server.deployflower import Flower, Place
 from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder
 from fedstrata.strategies import find
 
-POLL = 2.0  # seconds between two looks
+POLL = 5.0  # seconds between two looks; a look is a process of Flower's
 REACH = 120.0  # seconds for the SuperLink to answer at all
 LIVE = ("pending", "starting", "running")
 

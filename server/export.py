@@ -61,8 +61,7 @@ def export(run_dir: Path, to: Path) -> list[str]:
     own = own_values(config.model.name, config.model.dtype, layout) if differences(layout) else {}
     unfinished = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     names = [f"subspace-{index}" for index in range(len(knowledge.adapters))]
-    for name, adapter in zip(names, knowledge.adapters, strict=True):
-        flat = np.concatenate([adapter, knowledge.shared])
+    for name, flat in zip(names, knowledge.whole(layout.tail), strict=True):
         lora = config.lora
         save_peft(unfinished / name, layout, flat, lora.scaling, config.model.name, own, lora.kind == "rslora")
     unfinished.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def _shares(updates: Updates, strategy: Strategy, spread: float, key: bytes) -> 
     sizes = Counter(placement.get(client, 0) for client in clients)
     own = {client: spread / math.sqrt(sizes[placement.get(client, 0)]) for client in clients}
     at = updates.passed[0].value.reply.binding
-    tail = strategy.setup.layout.tail
+    tail = strategy.setup.layout.tail if strategy.options.projector == "shared" else 0
     return Noise(key, (at.stage, at.round), own, tail, spread / math.sqrt(len(clients)))
 
 

@@ -189,9 +189,10 @@ def _scored(
     stages: Sequence[Sequence[Visit]],
 ) -> int:
     """Bytes of all scorings: every shard gets all that is known then. A shared tail travels once."""
-    known, moved = len(strategy.knowledge().adapters), 0
+    known, moved, apart = len(strategy.knowledge().adapters), 0, config.strategy.projector == "per-subspace"
     for done in range(len(stages) + 1):
         seen = {task for stage in stages[:done] for visit in stage for task in visit.tasks}
         adapter = 4 * layout.lora.size(strategy.rank_after(done))
-        moved += (known or len(seen)) * (adapter + token) + 4 * layout.tail
+        subspaces = known or len(seen)
+        moved += subspaces * (adapter + token) + 4 * layout.tail * (subspaces if apart else 1)
     return moved * len(cut(scenario, config.evaluate.split, config.evaluate.shard))

@@ -19,6 +19,7 @@ from fedstrata.strategies.hide import Hide
 from fedstrata.strategies.l2p import L2P
 from fedstrata.strategies.lwf import Lwf
 from fedstrata.strategies.mlora import MLora
+from fedstrata.strategies.modalprompt import ModalPrompt
 from fedstrata.strategies.moelora import MoELora
 from fedstrata.strategies.olora import OLora
 from fedstrata.strategies.replay import Replay
@@ -42,6 +43,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "ewc": Ewc,
     "lwf": Lwf,
     "l2p": L2P,
+    "modalprompt": ModalPrompt,
     "moelora": MoELora,
     "olora": OLora,
     "replay": Replay,

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 from fedstrata.core import records
 from fedstrata.core.adapters import Flat, Layout, fresh
-from fedstrata.core.config import StrategyConfig, require
+from fedstrata.core.config import PROJECTORS, StrategyConfig, require
 from fedstrata.core.identity import Token, cosines, pooled
 from fedstrata.core.privacy import TokenConfig
 from fedstrata.core.records import Knowledge
@@ -42,6 +42,8 @@ class DiscoConfig(MergeConfig, TokenConfig):
     activation: str = "softmax"  # softmax | argmax | cosine | concat (the paper's ablation)
     min_open: int = 3  # instructions a group must hold to open a subspace; a smaller group sits the round out
 
+    projectors: ClassVar[tuple[str, ...]] = (*PROJECTORS, "per-subspace")  # trained, averaged, activated with its own
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.tau is None or -1 <= self.tau <= 1, "strategy.tau", "a cosine between -1 and 1", self.tau)
@@ -61,7 +63,7 @@ class Subspace:
 
 @dataclass(frozen=True)
 class DiscoState:
-    """The cache. It grows without limit; only filled subspaces are in it, each without the layout's tail."""
+    """The cache. It grows without limit; only filled subspaces are in it, with the layout's tail where it is theirs."""
 
     subspaces: tuple[Subspace, ...] = ()
     shared: Flat = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)  # the layout's tail, for all
@@ -94,7 +96,8 @@ class Disco(Strategy):
 
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
-        self.state = DiscoState(shared=np.zeros(setup.layout.tail, dtype=np.float32))
+        self.layout = setup.layout if options.projector == "per-subspace" else setup.layout.lora  # of one subspace
+        self.state = DiscoState(shared=np.zeros(setup.layout.tail - self.layout.tail, dtype=np.float32))
         self.tau = setup.tau if options.tau is None else options.tau
         self.epsilon = setup.epsilon if options.epsilon is None else options.epsilon
         self._placement: Mapping[int, int] = {}
@@ -126,15 +129,15 @@ class Disco(Strategy):
         if subspace < len(self.state.subspaces):
             return self.state.subspaces[subspace].adapter
         setup = self.setup
-        return fresh(setup.layout.lora, setup.rank, setup.seed, subspace, init=setup.init)
+        return fresh(self.layout, setup.rank, setup.seed, subspace, init=setup.init)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         trained: set[int] = set()
         known = len(self.state.subspaces)
-        options, layout = merge_options(self.options), self.setup.layout.lora
-        self.state = organise(self.state, self._updates(replies, trained), options, self._start, layout)
+        options = merge_options(self.options)
+        self.state = organise(self.state, self._updates(replies, trained), options, self._start, self.layout)
         filled = sorted(j for j in trained if j >= known)
         number = {**{j: j for j in range(known)}, **{j: known + i for i, j in enumerate(filled)}}
         self._placement = {p: number[j] for p, j in self._placement.items() if j in number}
@@ -147,15 +150,17 @@ class Disco(Strategy):
             reply = records.read_train_reply(message)
             partition = reply.binding.partition
             token = tokens.get(partition) or Token(np.zeros(0, dtype=np.float32), reply.count)
-            adapter, shared = self.setup.layout.cut(reply.flat)
+            middle = reply.flat.size - self.state.shared.size
+            adapter, shared = reply.flat[:middle], reply.flat[middle:]
             trained.add(self._placement[partition])
             yield Update(self._placement[partition], adapter, token, shared, reply.count)
             del message, reply, adapter, shared  # before the next one is loaded
 
     def knowledge(self) -> Knowledge:
-        adapters = tuple(subspace.adapter for subspace in self.state.subspaces)
+        parts = [self.layout.cut(subspace.adapter) for subspace in self.state.subspaces]
         options = {"epsilon": self.epsilon, "activation": self.options.activation, "tau": self.tau}
-        return Knowledge(adapters, self.state.tokens(), options, self.state.shared)
+        shared = np.concatenate([tail for _, tail in parts]) if self.layout.tail and parts else self.state.shared
+        return Knowledge(tuple(adapter for adapter, _ in parts), self.state.tokens(), options, shared)
 
     @classmethod
     def mixes(cls, options: Any) -> bool:

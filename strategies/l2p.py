@@ -55,7 +55,7 @@ class Pulled(LocalHalf):
     """Puts the chosen prompts before the inputs and pulls their keys to them."""
 
     def features(self, base: Any, examples: Sequence[Any]) -> "Tensor":
-        found: Tensor = base.encoder.encode([example.question for example in examples])
+        found: Tensor = base.encode(examples)
         return found
 
     def batch(self, ctx: Any, batch: Any) -> Any:

@@ -207,7 +207,7 @@ def test_the_base_is_as_before_when_training_and_answering_are_over(llava: Path,
     before, rows, modules = base.hash, examples(2), dict(base.model.named_modules())
     plain = hidden(base, rows)
     training.train(base, [Job(rows, filled(base, 0), 0)], SETTINGS, SCALING)
-    bank = Switch(base, [filled(base, 0)], SCALING, np.zeros(0, np.float32))
+    bank = Switch(base, [filled(base, 0)], SCALING)
     with bank.on(base):
         bank.activate(torch.ones(2, 1))
         assert not torch.equal(hidden(base, rows), plain)
@@ -224,8 +224,8 @@ def test_the_base_is_as_before_when_training_and_answering_are_over(llava: Path,
 @pytest.mark.parametrize("kind", ALONE)
 def test_a_fresh_adapter_answers_as_the_base_and_none_exactly_so(llava: Path, kind: str) -> None:
     base, rows = load(llava, kind), examples(3)
-    plain, nothing = hidden(base, rows), np.zeros(0, np.float32)
-    bank = Switch(base, [fresh(base.layout, RANK, 0), filled(base, 1)], SCALING, nothing)
+    plain = hidden(base, rows)
+    bank = Switch(base, [fresh(base.layout, RANK, 0), filled(base, 1)], SCALING)
     with bank.on(base):
         bank.activate(torch.tensor([[1.0, 0.0]] * 3))
         assert torch.allclose(hidden(base, rows), plain, atol=1e-5)
@@ -280,14 +280,14 @@ def test_the_weight_files_have_the_magnitudes_that_training_starts_from(llava: P
 @pytest.mark.parametrize("weights", [[[0.5, 0.5]], [[1.0, 1.0]], [[0.0, 0.7]], [[1.0, 0.0], [0.999, 0.001]]], ids=str)
 def test_a_mixture_of_such_adapters_is_refused(llava: Path, weights: list[list[float]]) -> None:
     base = load(llava, "ia3")
-    bank = Switch(base, [filled(base, 0), filled(base, 1)], SCALING, np.zeros(0, np.float32))
+    bank = Switch(base, [filled(base, 0), filled(base, 1)], SCALING)
     with pytest.raises(BadInput, match=r"lora\.kind: .* kind ia3 .*strategy\.activation=argmax"), bank.on(base):
         bank.activate(torch.tensor(weights))
 
 
 def test_rows_are_batched_by_their_adapter(llava: Path) -> None:
     base = load(llava, "ia3")
-    bank = Switch(base, [filled(base, 0), filled(base, 1)], SCALING, np.zeros(0, np.float32))
+    bank = Switch(base, [filled(base, 0), filled(base, 1)], SCALING)
     weights = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
     assert batches_of(bank, weights, [1] * 5, 2) == [[3], [1], [0, 2], [4]]
     assert batches_of(None, weights, [1] * 5, 2) == [[0, 1], [2, 3], [4]]

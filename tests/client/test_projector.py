@@ -237,3 +237,28 @@ def test_answers_use_the_shared_tail_under_every_weight(base: BaseModel) -> None
     assert answers[1] == answers[2]
     assert answers[0][0] != answers[1][0]
     assert answers[0][1] == answers[1][1]  # text alone
+
+
+def test_projectors_per_subspace_are_weighed_row_by_row(base: BaseModel) -> None:
+    """Each of its layers is W + Σ α_i ΔW_i with the row's own α."""
+    lows, tails = zip(*(base.layout.cut(filled(base, seed, tail=0.3)) for seed in range(2)), strict=True)
+    bank = Mixture.of(lows, base.layout, SCALING, base.device, torch.float32, np.concatenate(tails))
+    alphas = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.25, 0.5]])
+    features = [row for row in base.image_features(examples(6)) if row is not None][:3]
+    bank.activate(alphas)
+    with adapted(base, bank), torch.no_grad():
+        found = base.pictures.finish(features)
+    for alpha, feature, row in zip(alphas, features, found, strict=True):
+        tail = sum(float(a) * tail for a, tail in zip(alpha, tails, strict=True))
+        assert row is not None
+        assert torch.allclose(row, by_hand(base, feature, np.asarray(tail, np.float32)), atol=1e-5)
+    assert not torch.allclose(found[0], base.pictures.finish(features)[0], atol=1e-2)  # type: ignore[arg-type]
+
+
+def by_hand(base: BaseModel, feature: torch.Tensor, tail: np.ndarray) -> torch.Tensor:
+    """The projector with `tail` added to its weights."""
+    moved = {name: torch.from_numpy(value.copy()) for name, value in base.layout.dense_views(tail).items()}
+    projector = base.model.model.multi_modal_projector
+    own = {name: value + moved[f"model.multi_modal_projector.{name}"] for name, value in projector.named_parameters()}
+    with torch.no_grad():
+        return torch.func.functional_call(projector, own, (feature[None],))[0]

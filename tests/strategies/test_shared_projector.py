@@ -101,7 +101,35 @@ def test_the_tail_travels_once_with_the_knowledge() -> None:
     assert isinstance(message.content, RecordDict)
 
 
+def test_every_subspace_may_have_a_tail_of_its_own(shared: Setup, train_reply: Any, sent: Any) -> None:
+    strategy = Disco(DiscoConfig(projector="per-subspace"), shared)
+    strategy.meet([client(0, 0), client(1, 90), client(2, 2, 30)])
+    starts = {partition: values for partition, (_, values) in sent(strategy).items()}
+    assert starts[1] == [*fresh(LAYOUT.lora, 1, 0, 1).tolist(), 0, 0]
+    rows = {0: [1, 2, 3, 4, 0], 1: [7, 8, 9, 0, 8], 2: [5, 2, 3, 0, 4]}
+    strategy.aggregate_train(1, [train_reply(k, row, 30 if k == 2 else 10) for k, row in rows.items()])
+    known = strategy.knowledge()
+    assert [adapter.tolist() for adapter in known.adapters] == [[4, 2, 3], [7, 8, 9]]
+    assert known.shared.tolist() == [1, 3, 0, 8]  # (10·4 + 30·0) / 40, (10·0 + 30·4) / 40; the other's own
+    assert [flat.tolist() for flat in known.whole(2)] == [[4, 2, 3, 1, 3], [7, 8, 9, 0, 8]]
+    again = Disco(DiscoConfig(projector="per-subspace"), shared)
+    again.load(strategy.save())
+    again.meet([client(5, 90)])
+    assert sent(again, 2) == {5: (1, [7, 8, 9, 0, 8])}
+
+
+def test_a_shared_tail_is_behind_every_adapter() -> None:
+    known = Knowledge((np.ones(3, np.float32), np.zeros(3, np.float32)), shared=np.array([4, 5], dtype=np.float32))
+    assert [flat.tolist() for flat in known.whole(2)] == [[1, 1, 1, 4, 5], [0, 0, 0, 4, 5]]
+    assert [flat.tolist() for flat in replace(known, shared=known.shared[:0]).whole(0)] == [[1, 1, 1], [0, 0, 0]]
+
+
 @pytest.mark.parametrize("kind", [StrategyConfig, DiscoConfig, FinetuneConfig])
 def test_every_method_refuses_another_word(kind: type[StrategyConfig]) -> None:
-    with pytest.raises(BadInput, match="strategy.projector: must be frozen or shared, got 'local'"):
+    with pytest.raises(BadInput, match="strategy.projector: must be frozen or shared.*, got 'local'"):
         kind(projector="local")
+
+
+def test_one_adapter_has_no_projectors_per_subspace() -> None:
+    with pytest.raises(BadInput, match="strategy.projector: must be frozen or shared, got 'per-subspace'"):
+        FinetuneConfig(projector="per-subspace")

@@ -28,3 +28,14 @@ def test_pictures_find_the_subspaces_too(federate: Any, token: str, encoder: str
     assert ran.summary["text_encoder"] == encoder
     assert ran.parts.tensors["subspace.0.token"].shape == (dim,)
     assert ran.summary["routing_accuracy"] == 100
+
+
+def test_subspaces_keep_projectors_of_their_own_at_the_bytes_that_were_computed(federate: Any) -> None:
+    ran = federate("disco", "strategy.projector=per-subspace")
+    assert "shared" not in ran.parts.tensors
+    one, other = (ran.parts.tensors[f"subspace.{index}.adapter"][-64:] for index in range(2))  # the last bias
+    assert one.any()
+    assert other.any()
+    assert not np.array_equal(one, other)
+    for what in ("bytes_up", "bytes_down", "bytes_eval"):
+        assert ran.summary["plan"][what]["planned"] == ran.summary[what] > 0, what
