@@ -74,7 +74,8 @@ def train_cohort(messages: Sequence[Message], contexts: Sequence[Context]) -> li
     """Trains every message's adapter on its client's share; what a client remembers lies in its context."""
     tasks = records.train_tasks(messages)
     config, base, scenario = world(tasks[0].assignment)
-    method, shares, jobs = find(config.strategy.name), list[list[Row]](), list[Job]()
+    method = find(config.strategy.name).variant(config.strategy)
+    shares, jobs = list[list[Row]](), list[Job]()
     for task, payload, context in zip(tasks, records.payloads(messages), contexts, strict=True):
         at, before = task.assignment, remembered(context)
         shares.append(rows := share_rows(scenario, config, at))

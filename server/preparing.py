@@ -95,7 +95,7 @@ class Prepared:
     def strategy(self) -> Strategy:
         """A fresh strategy."""
         told = setup(self.config, self.description, self.scenario.units)
-        return find(self.config.strategy.name)(self.config.strategy, told)
+        return find(self.config.strategy.name).variant(self.config.strategy)(self.config.strategy, told)
 
     def bound(self) -> dict[str, Any]:
         """What commits of this run belong to; a resume of anything else is refused, with other versions warned of."""

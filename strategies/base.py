@@ -240,6 +240,11 @@ class Strategy(FlowerStrategy):
         """Rank of one trained adapter."""
 
     @classmethod
+    def variant(cls, options: Any) -> "type[Strategy]":
+        """The class that these options ask for: this one, or one that inherits it."""
+        return cls
+
+    @classmethod
     def mixes(cls, options: Any) -> bool:
         """Whether an input may be answered by several adapters at once; only lora and rslora can be added up."""
         return False

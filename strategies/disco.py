@@ -40,6 +40,7 @@ class DiscoConfig(MergeConfig, TokenConfig):
     tau: float | None = None  # cosine from which a token joins a subspace; higher opens more subspaces
     epsilon: float | None = None  # softmax temperature; lower routes harder
     activation: str = "softmax"  # softmax | argmax | cosine | concat (the paper's ablation)
+    compat: str = "none"  # none | official: with the published code's defects, for comparison only
     min_open: int = 3  # instructions a group must hold to open a subspace; a smaller group sits the round out
 
     projectors: ClassVar[tuple[str, ...]] = (*PROJECTORS, "per-subspace")  # trained, averaged, activated with its own
@@ -50,6 +51,9 @@ class DiscoConfig(MergeConfig, TokenConfig):
         require(self.epsilon is None or self.epsilon > 0, "strategy.epsilon", "above 0", self.epsilon)
         require(self.activation in ACTIVATIONS, "strategy.activation", " | ".join(ACTIVATIONS), self.activation)
         require(self.min_open >= 1, "strategy.min_open", "at least 1", self.min_open)
+        require(self.compat in ("none", "official"), "strategy.compat", "none | official", self.compat)
+        good = self.compat == "none" or self.name == "disco"
+        require(good, "strategy.compat", f"none with strategy.name={self.name}", self.compat)
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,14 @@ class Disco(Strategy):
         options = {"epsilon": self.epsilon, "activation": self.options.activation, "tau": self.tau}
         shared = np.concatenate([tail for _, tail in parts]) if self.layout.tail and parts else self.state.shared
         return Knowledge(tuple(adapter for adapter, _ in parts), self.state.tokens(), options, shared)
+
+    @classmethod
+    def variant(cls, options: Any) -> type[Strategy]:
+        if options.compat == "none":
+            return cls
+        from fedstrata.strategies.official import Official  # here: it inherits this class
+
+        return Official
 
     @classmethod
     def mixes(cls, options: Any) -> bool:
