@@ -7,6 +7,7 @@ calls with one message serves a cohort of one.
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from flwr.clientapp import ClientApp
 from PIL import Image
 
 from fedstrata import scenarios
+from fedstrata.client import own
 from fedstrata.client.evaluation import Answerer, score
 from fedstrata.client.footprint import footprint, peak
 from fedstrata.client.identity import identity
@@ -111,6 +113,8 @@ def evaluate(message: Message, context: Context) -> Message:
     limits = (config.evaluate.batch_size, config.train.max_length, config.train.overlong)
     answers = answerer.answer(examples, shard.task, *limits)
     scores = score(task, examples, answers, scenario.vocabulary(shard.task), shard.split)
+    if own.names_of(at.config):
+        scores = replace(scores, predictions=())  # they would be a client's own texts
     return records.score_reply(scores, at.binding, message)
 
 
@@ -139,6 +143,8 @@ def answer_describe(message: Message, context: Context) -> Message:
         encoder = identity(base, token_options(config.strategy).token)
         facts = {"encoder": encoder.name, "dim": encoder.dim, "tau": encoder.tau, "epsilon": encoder.epsilon}
     facts |= {"shape": shape_of(base.model.config).to_json(), "machine": footprint(base.model, base.device).to_json()}
+    if names := own.names_of(at.config):
+        facts["holding"] = own.holding(config, names, context)
     description = Description(partition, base.layout.to_json(), base.name, base.hash, **facts)
     return records.description_reply(description, message)
 
@@ -167,6 +173,8 @@ def world(at: Assignment) -> tuple[RunConfig, BaseModel, Scenario]:
     base = base_of(config)
     if at.layout and at.layout != base.layout.hash:
         raise BadInput(f"layout: the server's adapters are {at.layout}, this base model's are {base.layout.hash}")
+    if names := own.names_of(at.config):
+        return config, base, own.scenario(config, names, at.binding.partition)
     return config, base, scenario_of(at.config)
 
 
@@ -174,6 +182,7 @@ def world(at: Assignment) -> tuple[RunConfig, BaseModel, Scenario]:
 def read_config(text: str) -> RunConfig:
     """A config from a message."""
     tree = json.loads(text)
+    tree.pop(records.HELD, None)
     return from_dict(tree, find(tree["strategy"]["name"]).config_type)
 
 

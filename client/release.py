@@ -49,8 +49,11 @@ def noise_key(config: RunConfig, context: Context) -> bytes:
 
     Under Flower itself 32 bytes from the system's generator, drawn once and kept in the client's own context.
     """
-    if config.federation.grid != "flower":
-        return str(config.seed).encode()
+    return own_key(context) if config.federation.grid == "flower" else str(config.seed).encode()
+
+
+def own_key(context: Context) -> bytes:
+    """32 bytes that only this client knows, drawn when they are first needed and kept in its context."""
     held = context.state.config_records.get(NOISE)
     if held is None:
         held = context.state[NOISE] = ConfigRecord({KEY: os.urandom(32)})

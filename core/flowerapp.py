@@ -8,7 +8,7 @@ import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
-SERVER_APP, CLIENT_APP = "fedstrata.server.app:app", "fedstrata.client.app:app"
+SERVER_APP, CLIENT_APP = "fedstrata.server.app:app", "fedstrata.client.shim:app"
 CONFIG = {"recipe": '""', "overrides": '""', "resume": "false"}  # run config that may be set, and its defaults, as TOML
 
 

@@ -28,6 +28,8 @@ PAYLOAD, EXTRA = "payload", "extra"  # what a method sends beside the adapter, d
 FLAT, TOKEN, TOKENS, COUNT = "flat", "token", "tokens", "num-examples"
 TOO_FEW = 100  # code of an error reply: fewer instructions than a token needs; Flower's own codes end at 8
 NOTHING = ArrayRecord()
+FORGED = 101  # code of an error that stands for a reply whose signature does not hold
+HELD = "tasks"  # beside a config on the wire: the names of the tasks whose data the clients hold
 TRAIN_METRICS = {COUNT, "loss", "steps", "seconds"}
 
 
@@ -130,6 +132,7 @@ class Description:
     Attributes:
         shape: `core.estimate.Shape` as JSON; empty: unknown.
         machine: `core.machine.Footprint` as JSON; empty: unknown.
+        holding: `Holding` as JSON, of a client with a folder of its own; empty: it has none.
     """
 
     partition: int
@@ -142,6 +145,33 @@ class Description:
     epsilon: float
     shape: str = ""
     machine: str = ""
+    holding: str = ""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a client with a folder of its own says of its data: how much of which task is there when. No data.
+
+    Attributes:
+        rounds: [round of the run][task] → instructions to train then; 0 for a task that it does not train then.
+        keys: equally shaped; a word that changes when these instructions do, under a key that the client keeps.
+        whole: [task] → all instructions that it ever holds, and `whole_keys` their words.
+        splits: split → [task] → examples to score.
+    """
+
+    rounds: list[list[int]]
+    keys: list[list[str]]
+    whole: list[int]
+    whole_keys: list[str]
+    splits: dict[str, list[int]]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Holding":
+        """Raises ValueError, TypeError or KeyError for what is none."""
+        return Holding(**json.loads(text))
 
 
 def arrays(**named: np.ndarray) -> ArrayRecord:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from fedstrata.core.errors import BadInput
 from fedstrata.core.seeds import derive
-from fedstrata.scenarios import arrival, fcit, tasks
-from fedstrata.scenarios.definition import Definition
+from fedstrata.scenarios import arrival, fcit, held, tasks
+from fedstrata.scenarios.definition import Definition, HeldTask
 from fedstrata.scenarios.fcit_tables import FcitRule
 from fedstrata.scenarios.partition import PARTITIONS, Deck, PartitionRule, Shares, describe
 from fedstrata.scenarios.rows import Rows, rows_of
@@ -49,6 +49,8 @@ def assemble(
     strict: bool,
 ) -> Scenario:
     """The scenario of a checked file. Raises `BadInput`, see `build`."""
+    if definition.held:
+        return held.plan(name, definition, clients, seed, rounds)
     folder = definition.folder(root)
     if definition.fcit:
         dealt = _published(definition.fcit, folder, beta or PUBLISHED_BETA, clients, strict)
@@ -83,7 +85,8 @@ def _published(rule: FcitRule, folder: Path, beta: float, clients: int, strict: 
 
 
 def _own(definition: Definition, rule: PartitionRule, folder: Path, clients: int, seed: int, strict: bool) -> Dealt:
-    where, specs = f"{definition.path}: tasks.", definition.tasks
+    where = f"{definition.path}: tasks."
+    specs = {name: spec for name, spec in definition.tasks.items() if not isinstance(spec, HeldTask)}
     loaded = [tasks.load(name, spec, folder, seed, where + name, rule.source, strict) for name, spec in specs.items()]
     dealt, here = [], definition.path.parent
     for number, (task, _) in enumerate(loaded):

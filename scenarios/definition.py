@@ -44,7 +44,9 @@ class GeneratedTask:
 
 @dataclass(frozen=True)
 class FileTask:
-    """A task of instruction files, or of a Hugging Face dataset; without `val`, rows of `train` are held out.
+    """A task of instruction files, or of a Hugging Face dataset.
+
+    Without `val`, rows of `train` are held out; where it is an empty text, none are.
 
     With `dataset` (a hub name or a folder), `train`, `test` and `val` name its splits.
     """
@@ -79,6 +81,23 @@ class FileTask:
 
 
 @dataclass(frozen=True)
+class HeldTask:
+    """A task of which the server holds no data: each client has a folder of its own (`held: clients`)."""
+
+    held: str
+    metric: str = "exact_match"
+    beside: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _check_name("held", self.held, ("clients",))
+        for metric in (self.metric, *self.beside):
+            _check_name("metric", metric, tuple(SCORERS))
+
+
+TaskSpec = GeneratedTask | FileTask | HeldTask
+
+
+@dataclass(frozen=True)
 class Definition:
     """A checked scenario file. `stages` and `assign` hold indices into `tasks`, as in `stream.Scenario`.
 
@@ -86,7 +105,7 @@ class Definition:
     """
 
     path: Path
-    tasks: Mapping[str, GeneratedTask | FileTask] = field(default_factory=dict)
+    tasks: Mapping[str, TaskSpec] = field(default_factory=dict)
     stages: Lists = ()
     assign: Assign | None = None
     partition: PartitionRule = field(default_factory=PartitionRule)
@@ -95,6 +114,11 @@ class Definition:
     root: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def held(self) -> bool:
+        """Whether the clients hold the data; then they do of all tasks."""
+        return any(isinstance(task, HeldTask) for task in self.tasks.values())
 
     def folder(self, override: str = "") -> Path:
         """Where relative paths start: `override` (scenario.root), else the file's `root`, else the file's own folder.
@@ -108,8 +132,11 @@ class Definition:
         return folder
 
 
-def read(path: Path) -> Definition:
-    """Reads a scenario file. Raises `BadInput` with the file, the key, the rule, what came and near matches."""
+def read(path: Path, own: bool = False) -> Definition:
+    """Reads a scenario file. Raises `BadInput` with the file, the key, the rule, what came and near matches.
+
+    own: it is one client's, who may have nothing new in a stage (`[]`).
+    """
     try:
         tree = mapping(read_yaml(path), f"{path}: top level")
     except (ValueError, TypeError) as error:  # YAML takes 2001-99-99 for a date, which there is not
@@ -123,7 +150,7 @@ def read(path: Path) -> Definition:
         root=root,
         defaults=_defaults(tree.get("defaults", {}), f"{path}: defaults"),
         tuned=_tuned(tree.get("tuned", {}), f"{path}: tuned"),
-        **(_published(tree, path) if "fcit" in tree else _own(tree, path)),
+        **(_published(tree, path) if "fcit" in tree else _own(tree, path, own)),
     )
 
 
@@ -134,16 +161,19 @@ def _published(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"fcit": fill(FcitRule, tree["fcit"], f"{path}: fcit")}
 
 
-def _own(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _own(tree: Mapping[str, Any], path: Path, own: bool) -> dict[str, Any]:
     tasks = _tasks(tree.get("tasks"), f"{path}: tasks")
     assign = _assign(tree.get("assign", "homogeneous"), tuple(tasks), f"{path}: assign")
     arrival = fill(ArrivalRule, tree.get("arrival", {}), f"{path}: arrival")
     # positions say who trains what, so the clock can say neither who nor when
     good = assign is None or (arrival.kind == "stages" and arrival.repeats == "same")
     expect(good, f"{path}: arrival", "kind stages with repeats same beside heterogeneous assign", arrival.kind)
+    if any(isinstance(task, HeldTask) for task in tasks.values()):
+        for key in ("assign", "partition", "arrival"):
+            expect(key not in tree, f"{path}: {key}", "left out where clients hold the data, and say it", tree.get(key))
     return {
         "tasks": tasks,
-        "stages": _stages(tree.get("stages"), assign, tuple(tasks), f"{path}: stages"),
+        "stages": _stages(tree.get("stages"), assign, tuple(tasks), f"{path}: stages", own),
         "assign": assign,
         "partition": fill(PartitionRule, tree.get("partition", {}), f"{path}: partition"),
         "arrival": arrival,
@@ -155,14 +185,19 @@ def _tuned(tree: object, where: str) -> Mapping[str, Mapping[str, Any]]:
     return {name: _defaults(block, f"{where}.{name}") for name, block in mapping(tree, where).items()}
 
 
-def _tasks(tree: object, where: str) -> dict[str, GeneratedTask | FileTask]:
+def _tasks(tree: object, where: str) -> dict[str, TaskSpec]:
     blocks = mapping(tree, where)
     expect(len(blocks) > 0, where, "a mapping with at least one task", tree)
-    return {name: _task(block, f"{where}.{name}") for name, block in blocks.items()}
+    tasks = {name: _task(block, f"{where}.{name}") for name, block in blocks.items()}
+    held = sum(isinstance(task, HeldTask) for task in tasks.values())
+    expect(held in (0, len(tasks)), where, "all held by clients or none", f"{held} of {len(tasks)}")
+    return tasks
 
 
-def _task(block: object, where: str) -> GeneratedTask | FileTask:
+def _task(block: object, where: str) -> TaskSpec:
     keys = mapping(block, where)
+    if "held" in keys:
+        return fill(HeldTask, keys, where)
     return fill(GeneratedTask, keys, where) if "generate" in keys else fill(FileTask, keys, where)
 
 
@@ -181,12 +216,12 @@ def _assign(tree: object, names: tuple[str, ...], where: str) -> Assign | None:
     )
 
 
-def _stages(tree: object, assign: Assign | None, names: tuple[str, ...], where: str) -> Lists:
+def _stages(tree: object, assign: Assign | None, names: tuple[str, ...], where: str, own: bool) -> Lists:
     """With `assign` the stages may be left out: those are the tasks that it gives out, and must be."""
     given = tuple(tuple(dict.fromkeys(task for place in stage for task in place)) for stage in assign or ())
     if tree is None and assign is not None:
         return tuple(tuple(sorted(stage)) for stage in given)
-    stages = _lists(tree, names, where, "a list of lists of task names, one list a stage")
+    stages = _lists(tree, names, where, "a list of lists of task names, one list a stage", own)
     for number, stage in enumerate(stages, 1):
         expect(len(set(stage)) == len(stage), f"{where}: stage {number}", "a list without repeats", _join(stage, names))
     if assign is not None and [set(stage) for stage in stages] != [set(stage) for stage in given]:
@@ -194,8 +229,8 @@ def _stages(tree: object, assign: Assign | None, names: tuple[str, ...], where: 
     return stages
 
 
-def _lists(tree: object, names: tuple[str, ...], where: str, rule: str) -> Lists:
-    lists = [listing(entry, where, rule) for entry in listing(tree, where, rule)]
+def _lists(tree: object, names: tuple[str, ...], where: str, rule: str, empty: bool) -> Lists:
+    lists = [[] if empty and entry == [] else listing(entry, where, rule) for entry in listing(tree, where, rule)]
     return tuple(tuple(_index(name, names, where) for name in entry) for entry in lists)
 
 

@@ -158,6 +158,10 @@ class Scenario:
         deals = zip(self.tasks, self.shares, strict=True)
         save_partition(path, {task.name: (task.training.marks.digest, shares) for task, shares in deals})
 
+    def scored(self, task: int, split: str) -> list[tuple[int | None, int]]:
+        """[(client that holds them, examples)] of a task's split; None: every client could score them."""
+        return [(None, len(getattr(self.tasks[task], split)))]
+
     def vocabulary(self, task_index: int) -> frozenset[str] | None:
         """The task's answers: all that its generator can give, or all that its data files hold; None: open-ended."""
         return self.vocabularies[task_index]

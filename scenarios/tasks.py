@@ -86,7 +86,9 @@ def _from_files(name: str, spec: FileTask, folder: Path, where: str, source: str
     scored = replace(_reading(spec, folder, None), whole=False)
     test = _split(spec, spec.test, folder, scored, found)
     test = test.take(spread(len(test), spec.test_rows))
-    if spec.val is None:
+    if spec.val == "":
+        train, val = rows.take(spread(len(rows), spec.train_rows)), rows.take([])
+    elif spec.val is None:
         chosen, held = hold_out(rows.marks.asked, spec.train_rows)
         train, val = rows.take(chosen), rows.take(held)
     else:

@@ -64,9 +64,9 @@ def _mean(there: Federation, own: Scenario) -> float | None:
     if "owners" in there.strategy.knowledge().options:
         return None
     foreign = _foreign(there.scenario, own)
-    shards = [shard for shard in cut(there.scenario, "test", there.config.evaluate.shard) if shard.task in foreign]
+    parts = [part for part in cut(there.scenario, "test", there.config.evaluate.shard) if part.shard.task in foreign]
     scores = {task: TaskScore() for task in foreign}
-    replies, _ = ask(there, shards, len(there.progress.matrix.scores) - 1)
-    for shard, reply in zip(shards, replies, strict=True):
-        scores[shard.task].add(reply)
+    replies, _ = ask(there, parts, len(there.progress.matrix.scores) - 1)
+    for number, reply in sorted(replies.items()):
+        scores[parts[number].shard.task].add(reply)
     return fmean(total.scores[there.scenario.tasks[task].metric] for task, total in scores.items())

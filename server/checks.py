@@ -24,6 +24,7 @@ class Kind(StrEnum):
     COUNT = "count"  # not the number of examples that the client is known to hold
     RANGE = "range"  # a number that cannot be
     NORM = "norm"  # the update is far larger than those before it
+    SIGNATURE = "signature"  # not signed by the client that was asked, or not for this message
     DUPLICATE = "duplicate"  # a second answer to one question
 
 

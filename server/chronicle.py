@@ -13,6 +13,7 @@ from fedstrata.server.checks import Refused
 from fedstrata.server.display import Display
 from fedstrata.server.exchange import Ledger, Seat
 from fedstrata.server.progress import Progress
+from fedstrata.server.roster import Change
 from fedstrata.strategies.base import Strategy, Weights
 
 if TYPE_CHECKING:
@@ -84,6 +85,18 @@ class Chronicle:
         if self._steps:
             rounds = max(0, plan.steps - self._steps) * self._seconds / self._steps
             self.tracker.event("time_predicted", stage=1, seconds=wall + rounds + (plan.scorings - 2) * scoring)
+
+    def roster(self, change: Change) -> None:
+        """Clients came or went."""
+        for client in change.joined:
+            self.tracker.event("joined", client=client)
+        for client in change.left:
+            self.tracker.event("left", client=client)
+        for node, reason in change.refused:
+            self.tracker.event("node_refused", node=str(node), reason=reason)
+        if change.joined or change.left:
+            line = f"clients joined: {list(change.joined)}, left: {list(change.left)}"
+            self.display.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def quarantined(self, stage: int, round_: int, clients: Mapping[int, int]) -> None:
         """`clients`: {client that is not drawn for a while: the last such round, counted through the run}."""

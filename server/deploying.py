@@ -74,3 +74,35 @@ def check(insecure: Insecure = False) -> None:
         console.print(f"{label} {escape(each.what)}: {escape(each.why)}", highlight=False, soft_wrap=True)
     if bad := [each.what for each in found if not each.good]:
         raise FedstrataError(f"not ready: {', '.join(bad)}")
+
+
+@deploy.command()
+def split(
+    words: Annotated[list[str], typer.Argument(help="A scenario, then key=value words (seed=7).")],
+    to: Annotated[Path, typer.Option(help="Gets client-0 … and server; new or empty folders.")],
+    clients: Annotated[int, typer.Option(min=1, help="How many clients there are.")] = 3,
+) -> None:
+    """Cut a scenario's data into a folder per client, and write the server's file without data."""
+    from fedstrata.server import splitting
+
+    folders = splitting.split(splitting.resolve(words[0], words[1:], clients), to)
+    console.print(f"{to}: wrote {', '.join(folder.name for folder in folders)}", highlight=False)
+
+
+@deploy.command()
+def node(
+    data: Annotated[Path, typer.Option(envvar="FEDSTRATA_DATA", help="The client's folder.")] = Path("data"),
+    home: Annotated[Path, typer.Option(envvar="FEDSTRATA_HOME", help="Its memory, sockets and logs.")] = Path("state"),
+    superlink: Annotated[str, typer.Option(envvar="FEDSTRATA_SUPERLINK", help="host:port")] = "127.0.0.1:8000",
+    certs: Annotated[Path, typer.Option(envvar="FEDSTRATA_CERTS", help="ca.crt and node.key.")] = Path("keys"),
+    partition: Annotated[int, typer.Option(envvar="FEDSTRATA_PARTITION", help="Which client this is, from 0.")] = 0,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS and no key; on one machine alone.")] = False,
+    health: Annotated[bool, typer.Option("--health", help="Only say whether its processes run.")] = False,
+) -> None:
+    """Run a client: the trainer with the base model, Flower's SuperNode and its SuperExec, kept running."""
+    from fedstrata.server import node as nodes
+
+    if health:
+        raise typer.Exit(0 if nodes.healthy(home) else 1)
+    client = nodes.Node(data.resolve(), home.resolve(), superlink, None if insecure else certs.resolve(), partition)
+    nodes.run(client, Console(stderr=True))

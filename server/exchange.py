@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -154,37 +154,29 @@ def questions(seats: Sequence[Seat], kind: str) -> list[Message]:
     return [Message(RecordDict(), seat.node, kind) for seat in seats]
 
 
-def find_roster(grid: Grid, config: str, run: str) -> Mapping[int, int]:
-    """partition id → node id; a grid that is not ours is asked node by node.
-
-    Raises:
-        FedstrataError: a client cannot describe its base model, or the partitions are not 0 … clients - 1, one each.
-    """
-    if hasattr(grid, "roster"):
-        return dict(grid.roster)
-    replies = _describe(grid, list(grid.get_node_ids()), config, run)
-    found = [(says.partition, node) for node, says in replies]
-    if sorted(partition for partition, _ in found) != list(range(len(found))):
-        came = sorted(partition for partition, _ in found)
-        raise FedstrataError(f"partition-id: the {len(found)} clients must hold 0 … {len(found) - 1}, got {came}")
-    return dict(found)
-
-
 def describe(grid: Grid, node: int, config: str, run: str) -> records.Description:
     """What one client says of the base model. Raises FedstrataError with the client's reason when it cannot."""
-    return _describe(grid, [node], config, run)[0][1]
+    ((_, said),) = describe_all(grid, [node], config, run)
+    if isinstance(said, Refused):
+        raise FedstrataError(f"a client cannot describe its base model: {said}") from said
+    return said
 
 
-def _describe(grid: Grid, nodes: Sequence[int], config: str, run: str) -> list[tuple[int, records.Description]]:
+def describe_all(
+    grid: Grid, nodes: Sequence[int], config: str, run: str, timeout: float | None = None
+) -> list[tuple[int, records.Description | Refused]]:
+    """Node by node what it says of itself, or why there is nothing."""
     empty = Assignment(records.Binding(run), config=config)
     sent = [records.address(Message(RecordDict(), node, records.DESCRIBE), empty) for node in nodes]
-    replies: dict[str, Any] = {r.metadata.reply_to_message_id: r for r in grid.send_and_receive(sent)}
-    said = []
-    for request in sent:
-        try:
-            if request.metadata.message_id not in replies:
-                raise Refused(Kind.LATE, "no reply")
-            said.append((request.metadata.dst_node_id, read_description(replies[request.metadata.message_id])))
-        except Refused as error:
-            raise FedstrataError(f"a client cannot describe its base model: {error}") from error
-    return said
+    answers = list(grid.send_and_receive(sent, timeout=timeout)) if sent else []
+    replies = {reply.metadata.reply_to_message_id: reply for reply in answers}
+    return [(request.metadata.dst_node_id, _said(replies.get(request.metadata.message_id))) for request in sent]
+
+
+def _said(reply: Message | None) -> records.Description | Refused:
+    try:
+        if reply is None:
+            raise Refused(Kind.LATE, "no reply")
+        return read_description(reply)
+    except Refused as error:
+        return error

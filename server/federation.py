@@ -31,6 +31,7 @@ from fedstrata.server.grids import ParticipantsGrid
 from fedstrata.server.participation import earlier, participants, share_size
 from fedstrata.server.progress import Progress
 from fedstrata.server.replies import Replies
+from fedstrata.server.roster import Roster
 from fedstrata.server.scoring import score_row
 from fedstrata.strategies.base import Participant, Strategy
 
@@ -46,14 +47,14 @@ class Federation:
         scenario: Scenario,
         strategy: Strategy,
         grid: Grid,
-        roster: Mapping[int, int],
+        roster: Roster,
         folder: Path,
         chronicle: Chronicle,
         progress: Progress,
         dim: int,
         bound: Mapping[str, Any],
     ) -> None:
-        """roster: partition → node; dim: length of an identity token; bound: what its commits belong to."""
+        """roster: who is there; dim: length of an identity token; bound: what its commits belong to."""
         self.config, self.config_json, self.run_id = config, config_json, run_id
         self.scenario, self.strategy, self.grid, self.roster = scenario, strategy, grid, roster
         self.folder, self.chronicle, self.progress, self.dim = folder, chronicle, noise.keyed(config, progress), dim
@@ -70,6 +71,7 @@ class Federation:
         if not self.progress.matrix.scores:
             self._score(stage=0)
         for stage in range(self.progress.stage, len(self.scenario.stages) + 1):
+            self.chronicle.roster(self.roster.look(anew=stage > 1 and self.progress.round == 1))
             self.strategy.begin_stage(stage)
             self.chronicle.stage(stage)
             for round_ in range(self.progress.round, self.rounds + 1):
@@ -81,6 +83,7 @@ class Federation:
     def _round(self, stage: int, round_: int) -> None:
         """query.identify → gate → match, then train → gate → aggregate → commit."""
         began, ledger = time.perf_counter(), Ledger()
+        self.chronicle.roster(self.roster.look())
         seats = self._enough(stage, round_, self._sample(stage, round_), ledger)
         participants = self._identify(seats, ledger)
         known = len(self.strategy.knowledge().adapters)
@@ -105,6 +108,7 @@ class Federation:
         """This round's participants, drawn from (seed, stage, round); a client without data has no seat."""
         number = self._number(stage, round_)
         away = {client for client, until in self.progress.quarantine.items() if until >= number}
+        away.update(set(range(self.scenario.client_count)) - set(self.roster))
         drawn = participants(self.config, self.scenario, stage, round_, self.strategy.pooled, away)
         past = earlier(self.config, self.scenario, stage, round_) if self.strategy.pooled else Counter[int]()
         seats = [self._seat(stage, round_, place, client, past[client]) for place, client in enumerate(drawn)]
@@ -232,6 +236,7 @@ class Federation:
     def _score(self, stage: int) -> None:
         """Appends the row of `stage` (0: before training) to the accuracy matrix and commits."""
         began = time.perf_counter()
+        self.chronicle.roster(self.roster.look())
         progress, routing = score_row(self, stage)
         seconds = time.perf_counter() - began
         self.progress = replace(progress, stage=stage + 1, round=1, wall_seconds=progress.wall_seconds + seconds)

@@ -1,6 +1,6 @@
 """The private corners of Flower that a grid of our own needs, all in one place; a test names the version."""
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.app.message.message import make_message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.run import Run
@@ -8,7 +8,15 @@ from flwr.supercore.task_identity import TaskIdentity
 
 FLOWER_VERSION = "1.41.0"
 
-__all__ = ["FLOWER_VERSION", "SUPERLINK_NODE_ID", "Run", "become_server", "set_message_id", "with_content"]
+__all__ = [
+    "FLOWER_VERSION",
+    "SUPERLINK_NODE_ID",
+    "Run",
+    "as_error",
+    "become_server",
+    "set_message_id",
+    "with_content",
+]
 
 
 def become_server() -> Run:
@@ -27,3 +35,8 @@ def set_message_id(metadata: object, message_id: str) -> None:
 def with_content(message: Message, content: RecordDict) -> Message:
     """The same message, ids and all, with another content."""
     return make_message(message.metadata, content)
+
+
+def as_error(message: Message, error: Error) -> Message:
+    """The same message, ids and all, with an error in the place of its content."""
+    return make_message(message.metadata, error=error)

@@ -113,6 +113,8 @@ def admit(reply: Message | None, want: Expected, read: Callable[[Message, Expect
     if reply.has_error():
         if reply.error.code == records.TOO_FEW:
             raise Refused(Kind.TOO_FEW, str(reply.error.reason))
+        if reply.error.code == records.FORGED:
+            raise Refused(Kind.SIGNATURE, str(reply.error.reason))
         raise Refused(Kind.FAILED, f"the client failed: {reply.error.reason}")
     try:
         came = records.binding(reply)

@@ -70,7 +70,8 @@ def plan_of(prepared: preparing.Prepared, actors: int | None = None) -> Plan:
     numbers = range(1, len(scenario.stages) + 1)
     stages = [list(visits(config, scenario, stage, strategy.pooled)) for stage in numbers]
     steps = [sum(_steps(config, scenario, visit, strategy.pooled) for visit in stage) for stage in stages]
-    tests = sum(len(getattr(task, config.evaluate.split)) for task in scenario.tasks)
+    parts = [part.shard for part in cut(scenario, config.evaluate.split, config.evaluate.shard)]
+    tests = sum(shard.stop - shard.start for shard in parts)
     return Plan(
         actors=actors or prepared.actors,
         cohort_size=prepared.cohort,

@@ -14,16 +14,17 @@ from fedstrata.core.adapters import FUSED, Layout, unfusable
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
 from fedstrata.core.estimate import Shape, client_bytes, work_of
-from fedstrata.core.records import Description
+from fedstrata.core.records import HELD, Description
+from fedstrata.scenarios.held import HeldScenario
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server import noise
 from fedstrata.server.arrivals import ArrivingRayGrid
-from fedstrata.server.exchange import describe, find_roster
 from fedstrata.server.fitting import memory_of, on_one_device
 from fedstrata.server.grids import InProcessGrid, LocalGrid
 from fedstrata.server.placement import Wanted
 from fedstrata.server.raygrid import RayGrid
 from fedstrata.server.results import config_hash, settings, versions
+from fedstrata.server.roster import Roster
 from fedstrata.strategies import find
 from fedstrata.strategies.base import Setup, Strategy
 
@@ -40,7 +41,9 @@ def prepare(config: RunConfig, grid: Grid | None = None) -> "Prepared":
     noise.check(config)
     config = kernels.settled(config)
     scenario = scenarios.of(config)
-    for task in scenario.tasks:
+    if isinstance(scenario, HeldScenario) and (grid is None or isinstance(grid, LocalGrid)):
+        raise BadInput(f"scenario.name: {config.scenario.name}: clients hold its data; it runs in a deployment only")
+    for task in scenario.tasks if not isinstance(scenario, HeldScenario) else ():
         if not len(getattr(task, config.evaluate.split)):
             raise BadInput(f"evaluate.split: task {task.name} has no {config.evaluate.split} examples to score")
     return Prepared(config, scenario, grid or open_grid(config), owned=grid is None)
@@ -62,10 +65,10 @@ class Prepared:
     def __init__(self, config: RunConfig, scenario: Scenario, grid: Grid, owned: bool) -> None:
         self.config, self.scenario, self.grid, self.owned = config, scenario, grid, owned
         self.run_id = config_hash(configuration.to_dict(config))[:16]
-        self.config_json = json.dumps(on_the_wire(config))
+        self.config_json = json.dumps(on_the_wire(config, scenario))
         try:
-            self.roster = find_roster(grid, self.config_json, self.run_id)
-            self.description = describe(grid, next(iter(self.roster.values())), self.config_json, self.run_id)
+            self.roster = Roster(grid, scenario, self.config_json, self.run_id, config.federation.timeout)
+            self.description = self.roster.description
         except BaseException:
             self.close()
             raise
@@ -109,9 +112,13 @@ class Prepared:
             self.grid.close()
 
 
-def on_the_wire(config: RunConfig) -> dict[str, Any]:
-    """The config that clients get: where a run is written or tracked is nobody's business but the server's."""
-    return {key: value for key, value in configuration.to_dict(config).items() if key not in ("run", "track")}
+def on_the_wire(config: RunConfig, scenario: Scenario | None = None) -> dict[str, Any]:
+    """The config that clients get: where a run is written or tracked is nobody's business but the server's.
+
+    Of a scenario whose data the clients hold also the tasks' names: each finds its own data by them.
+    """
+    told = {key: value for key, value in configuration.to_dict(config).items() if key not in ("run", "track")}
+    return told | ({HELD: [task.name for task in scenario.tasks]} if isinstance(scenario, HeldScenario) else {})
 
 
 def setup(config: RunConfig, says: Description, tasks: int) -> Setup:

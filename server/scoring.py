@@ -63,8 +63,8 @@ def score_row(federation: "Federation", stage: int) -> tuple[Progress, dict[str,
     shards = cut(federation.scenario, federation.config.evaluate.split, federation.config.evaluate.shard)
     replies, moved = ask(federation, shards, stage)
     scores = [TaskScore() for _ in federation.scenario.tasks]
-    for shard, reply in zip(shards, replies, strict=True):
-        scores[shard.task].add(reply)
+    for number, reply in sorted(replies.items()):
+        scores[shards[number].shard.task].add(reply)
     _keep(federation, stage, scores)
     tasks = federation.scenario.tasks
     named = {task.name: score for task, score in zip(tasks, scores, strict=True)}
@@ -83,15 +83,25 @@ def score_row(federation: "Federation", stage: int) -> tuple[Progress, dict[str,
     return progress, {name: score.hits for name, score in named.items()}
 
 
-def cut(scenario: Scenario, split: str, size: int) -> list[Shard]:
+@dataclass(frozen=True)
+class Part:
+    """A shard, and the client that holds it; None: every client can score it."""
+
+    shard: Shard
+    owner: int | None = None
+
+
+def cut(scenario: Scenario, split: str, size: int) -> list[Part]:
     """Fixed shards of `size` examples, task after task. Raises FedstrataError for a task without this split."""
-    shards = []
+    parts = []
     for index, task in enumerate(scenario.tasks):
-        count = len(getattr(task, split))
-        if not count:
+        held = scenario.scored(index, split)
+        if not sum(count for _, count in held):
             raise FedstrataError(f"task {task.name}: has no {split} examples to score")
-        shards += [Shard(index, start, min(start + size, count), split) for start in range(0, count, size)]
-    return shards
+        for owner, count in held:
+            starts = range(0, count, size)
+            parts += [Part(Shard(index, start, min(start + size, count), split), owner) for start in starts]
+    return parts
 
 
 def trained(federation: "Federation", stage: int) -> list[str]:
@@ -104,8 +114,10 @@ def trained(federation: "Federation", stage: int) -> list[str]:
     return [tasks[index].name for index in federation.scenario.stages[stage - 1]]
 
 
-def ask(federation: "Federation", shards: Sequence[Shard], stage: int) -> tuple[list[ScoreReply], int]:
+def ask(federation: "Federation", parts: Sequence[Part], stage: int) -> tuple[dict[int, ScoreReply], int]:
     """Every shard's score, and the bytes that moved. A bad reply is asked for once more, of another node.
+
+    What only one client could have scored is left out of this row.
 
     Raises:
         FedstrataError: both were bad; names the examples and the reason.
@@ -113,33 +125,36 @@ def ask(federation: "Federation", shards: Sequence[Shard], stage: int) -> tuple[
     found: dict[int, ScoreReply] = {}
     moved = 0
     for shift in (0, 1):
-        left = [number for number in range(len(shards)) if number not in found]
-        sent = _messages(federation, shards, stage, shift) if left else []
+        left = [number for number in range(len(parts)) if number not in found]
+        sent = _messages(federation, parts, stage, shift) if left else []
         asked = [sent[number] for number in left]
         replies = list(federation.grid.send_and_receive(asked, timeout=federation.config.federation.timeout))
         moved += records.tensor_bytes(asked) + records.tensor_bytes(replies)
-        good, bad = _gate(federation, {n: (sent[n], shards[n]) for n in left}, replies)
+        good, bad = _gate(federation, {n: (sent[n], parts[n]) for n in left}, replies)
         found |= good
         federation.chronicle.refused_scores(stage, bad)
         federation.progress = federation.progress.count_rejected(error.kind for error in bad.values())
         if not bad:
             break
     for number, error in sorted(bad.items()):
-        shard = shards[number]
-        raise FedstrataError(f"scoring examples {shard.start}-{shard.stop} of task {shard.task} failed: {error}")
-    return [found[number] for number in range(len(shards))], moved
+        shard = parts[number].shard
+        others = any(parts[at].shard.task == shard.task for at in found)
+        if parts[number].owner is None or not others:
+            raise FedstrataError(f"scoring examples {shard.start}-{shard.stop} of task {shard.task} failed: {error}")
+    return found, moved
 
 
 def _gate(
-    federation: "Federation", asked: Mapping[int, tuple[Message, Shard]], replies: Sequence[Message]
+    federation: "Federation", asked: Mapping[int, tuple[Message, Part]], replies: Sequence[Message]
 ) -> tuple[dict[int, ScoreReply], dict[int, Refused]]:
     """{shard number: its score} of the good replies and {shard number: what is wrong} of the others."""
     came, subspaces = first(replies), len(federation.strategy.knowledge().adapters)
     good, bad = {}, {}
-    for number, (message, shard) in asked.items():
-        task = federation.scenario.tasks[shard.task]
+    for number, (message, part) in asked.items():
+        task, shard = federation.scenario.tasks[part.shard.task], part.shard
         want = Expected(records.binding(message), 0, shard.stop - shard.start)
-        read = partial(read_scores, metrics=(task.metric, *task.beside), subspaces=subspaces)
+        metrics, shown = (task.metric, *task.beside), part.owner is None
+        read = partial(read_scores, metrics=metrics, subspaces=subspaces, shown=shown)
         try:
             good[number] = admit(came.get(message.metadata.message_id), want, read)
         except Refused as error:
@@ -147,17 +162,18 @@ def _gate(
     return good, bad
 
 
-def _messages(federation: "Federation", shards: Sequence[Shard], stage: int, shift: int) -> list[Message]:
-    """One message per shard, dealt to the clients in turn; `shift` deals them from a later one on."""
+def _messages(federation: "Federation", parts: Sequence[Part], stage: int, shift: int) -> list[Message]:
+    """One message per shard, to its owner or dealt to the clients in turn; `shift` deals them from a later one on."""
     content = records.knowledge_content(federation.strategy.knowledge())
     nodes = sorted(federation.roster.items())
     messages = []
-    for number, shard in enumerate(shards):
-        partition, node = nodes[(number + shift) % len(nodes)]
+    for number, part in enumerate(parts):
+        dealt = nodes[(number + shift) % len(nodes)]
+        partition, node = dealt if part.owner is None else (part.owner, federation.roster[part.owner])
         binding = Binding(federation.run_id, stage, 0, partition)
         layout = federation.strategy.setup.layout.hash
-        meta = Assignment(binding, (shard.task,), config=federation.config_json, layout=layout)
-        message = Message(records.with_shard(content, shard), node, records.EVALUATE)
+        meta = Assignment(binding, (part.shard.task,), config=federation.config_json, layout=layout)
+        message = Message(records.with_shard(content, part.shard), node, records.EVALUATE)
         messages.append(records.address(message, meta))
     return messages
 

@@ -1,0 +1,109 @@
+"""The process beside a SuperNode that keeps the base model loaded and serves one message after the other.
+
+`python -m fedstrata.client.trainer`, started and restarted by `fedstrata deploy node`. What the client remembers is
+kept on its own disk, replies are signed with the node's own key, and errors leave without what they say: it may be a
+path, a name or a piece of the data.
+"""
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, RecordDict
+
+from fedstrata.client import app, line, own
+from fedstrata.client.keep import Keep
+from fedstrata.client.release import NOISE
+from fedstrata.core import records, signing
+from fedstrata.core.errors import BadInput
+
+HOME, CERTS = "FEDSTRATA_HOME", "FEDSTRATA_CERTS"
+KEY = "node.key"
+FAILED = 2  # Flower's code of a ClientApp that raised
+SILENT = 60.0  # seconds until whoever connected must have said what it wants
+log = logging.getLogger("fedstrata.trainer")
+
+
+class Trainer:
+    """One client: its memory, its key, and the ClientApp."""
+
+    def __init__(self, home: Path, key: Path | None) -> None:
+        """key: the node's private key; None: replies are not signed."""
+        self._keep = Keep(home)
+        self._key = signing.private_key(key) if key else None
+
+    def answer(self, message: Message, context: Context) -> Message:
+        """The reply; an error of whatever kind becomes an error reply that names the kind alone."""
+        try:
+            at = records.binding(message)
+            if at.partition >= 0:
+                own.refuse_other(context, at.partition)
+            reply = self._serve(message, context, at)
+            if self._key and reply.has_content():
+                partition = int(context.node_config.get("partition-id", -1))
+                signing.sign(reply, partition, message.metadata.message_id, self._key)
+            return reply
+        except Exception as error:
+            log.error("%s failed", message.metadata.message_type, exc_info=not isinstance(error, BadInput) or error)
+            reason = f"{type(error).__name__}; the client's own log says more"
+            return Message(Error(FAILED, reason), reply_to=message)
+
+    def _serve(self, message: Message, context: Context, at: records.Binding) -> Message:
+        """The ClientApp's reply, with the client's memory in its context and put away again afterwards."""
+        trains = message.metadata.message_type == records.TRAIN
+        secret = self._keep.secret()
+        state = RecordDict({**secret, **(self._keep.load(at) if trains else {})})
+        inside = Context(context.run_id, context.node_id, context.node_config, state, context.run_config)
+        (reply,) = app.serve([message], [inside])
+        if NOISE in inside.state and NOISE not in secret:
+            self._keep.secret(RecordDict({NOISE: inside.state[NOISE]}))
+        if trains:
+            self._keep.store(at, RecordDict({name: inside.state[name] for name in inside.state if name != NOISE}))
+        return reply
+
+
+def listen(trainer: Trainer, door: Listener, limit: float) -> None:
+    """Serves one message after the other. One that takes longer than `limit` seconds ends the process."""
+    while True:
+        try:
+            with door.accept() as talk:
+                _talk(trainer, talk, limit)
+        except (AuthenticationError, EOFError, OSError) as error:  # whoever came is gone, or was nobody of ours
+            log.warning("a caller was turned away: %s", error or type(error).__name__)
+
+
+def _talk(trainer: Trainer, talk: Connection, limit: float) -> None:
+    if not talk.poll(SILENT):
+        return
+    message, context = line.receive(talk)
+    faulthandler.dump_traceback_later(limit, exit=True)
+    began = time.monotonic()
+    try:
+        reply = trainer.answer(message, context)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    log.info("%s in %.1f s", message.metadata.message_type, time.monotonic() - began)
+    line.send(talk, reply, context)
+
+
+def main() -> None:
+    """Listens until it is told to end."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    home, certs = Path(os.environ[HOME]), os.environ.get(CERTS)
+    socket = line.address(home)
+    socket.unlink(missing_ok=True)
+    trainer = Trainer(home, Path(certs) / KEY if certs else None)
+    with Listener(str(socket), "AF_UNIX", authkey=line.token_of(socket).read_bytes()) as door:
+        log.info("listening")
+        listen(trainer, door, line.limit())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Who is there: which node serves which partition, kept up to date where nodes come and go.
+
+A grid of our own has all clients at all times. On Flower's, nodes are asked to describe themselves when they appear;
+one that is gone has no seat until it is back.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedstrata.core.errors import FedstrataError
+from fedstrata.core.records import Description, Holding
+from fedstrata.scenarios.held import HeldScenario, check_holding
+from fedstrata.scenarios.stream import Scenario
+from fedstrata.server.checks import Refused
+from fedstrata.server.exchange import describe, describe_all
+
+
+@dataclass(frozen=True)
+class Change:
+    """Who came and who left since the last look; `refused`: node → why it may not take part."""
+
+    joined: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    refused: tuple[tuple[int, str], ...] = ()
+
+
+class Roster(Mapping[int, int]):
+    """partition → node of the clients that are there."""
+
+    def __init__(self, grid: Grid, scenario: Scenario, config: str, run: str, timeout: float) -> None:
+        """config: as it travels; run: its lineage; timeout: seconds for a node to describe itself.
+
+        Raises:
+            FedstrataError: nobody is there, or none of them can take part; says why.
+        """
+        self._grid, self._scenario, self._config, self._run, self._timeout = grid, scenario, config, run, timeout
+        self._nodes: dict[int, int] = dict(getattr(grid, "roster", {}))
+        self._fixed = bool(self._nodes)
+        self._wrong: dict[int, str] = {}  # nodes that may not take part and are still there
+        self._first: Description | None = None
+        if self._fixed:
+            self._first = describe(grid, next(iter(self._nodes.values())), config, run)
+            return
+        refused = self.look().refused
+        if self._first is None:
+            why = "; ".join(reason for _, reason in refused) or "none is connected"
+            raise FedstrataError(f"no client can take part: {why}")
+
+    @property
+    def description(self) -> Description:
+        """What the first client said; all others have the same base."""
+        assert self._first is not None
+        return self._first
+
+    def look(self, anew: bool = False) -> Change:
+        """Brings the roster up to date. anew: asks those that are known, too, since their data may have changed."""
+        if self._fixed:
+            return Change()
+        anew = anew and isinstance(self._scenario, HeldScenario)
+        there, before = set(self._grid.get_node_ids()), dict(self._nodes)
+        for client, node in before.items():
+            if node not in there or anew:
+                self._drop(client, forget=node not in there)
+        self._wrong = {node: why for node, why in self._wrong.items() if node in there}
+        refused = self._ask(sorted(there - {*self._nodes.values(), *self._wrong}))
+        left = tuple(sorted(before.keys() - self._nodes.keys()))
+        return Change(tuple(sorted(self._nodes.keys() - before.keys())), left, refused)
+
+    def _drop(self, client: int, forget: bool) -> None:
+        del self._nodes[client]
+        if forget and isinstance(self._scenario, HeldScenario):
+            self._scenario.told.tell(client, None)
+
+    def _ask(self, nodes: list[int]) -> tuple[tuple[int, str], ...]:
+        """Takes in those that describe themselves well; of the others, why not. Who failed is asked again next time."""
+        refused = []
+        for node, said in describe_all(self._grid, nodes, self._config, self._run, self._timeout):
+            try:
+                self._take(node, said)
+            except (ValueError, TypeError, KeyError) as error:
+                refused.append((node, str(error)))
+                if not isinstance(error, Refused):
+                    self._wrong[node] = str(error)
+        return tuple(refused)
+
+    def _take(self, node: int, said: Description | Refused) -> None:
+        """Raises ValueError (`Refused` is one), TypeError or KeyError for a client that may not take part."""
+        if isinstance(said, Refused):
+            raise said
+        clients, first = self._scenario.client_count, self._first or said
+        if not 0 <= said.partition < clients or said.partition in self._nodes:
+            free = sorted(set(range(clients)) - self._nodes.keys())
+            raise ValueError(f"partition-id: must be one of {free}, got {said.partition}")
+        if (said.layout, said.base_hash) != (first.layout, first.base_hash):
+            raise ValueError(f"client {said.partition}: base must be {first.base_hash}, got {said.base_hash}")
+        if isinstance(self._scenario, HeldScenario):
+            holding = Holding.from_json(said.holding)
+            check_holding(holding, len(self._scenario.tasks))
+            self._scenario.told.tell(said.partition, holding)
+        self._first, self._nodes[said.partition] = first, node
+
+    def __getitem__(self, partition: int) -> int:
+        return self._nodes[partition]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._nodes))
+
+    def __len__(self) -> int:
+        return len(self._nodes)
