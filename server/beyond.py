@@ -1,26 +1,28 @@
 """What a run did to everything else: tasks that the base could do before, and tasks that were never trained.
 
 Two columns of the paper's tables (general benchmarks after tuning, zero-shot on unseen tasks; arXiv 2503.12897). Scored
-once, at a run's end, on the test split, with what a method starts from and with what it ends with; this traffic is not
-in bytes_eval.
+once, at a run's end, on the test split, with the base and with what a method ends with; this traffic is not in
+bytes_eval.
 """
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
+from typing import cast
 
 from fedstrata import scenarios
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.stream import Scenario
+from fedstrata.server.calibrate import plain
 from fedstrata.server.federation import Federation
 from fedstrata.server.preparing import on_the_wire
 from fedstrata.server.scoring import TaskScore, ask, cut
-from fedstrata.strategies.base import Strategy
+from fedstrata.strategies.finetune import Finetune, FinetuneConfig
 
 COLUMNS = ("pretrained", "unseen")  # keys of `evaluate`
+_BASE: dict[str, float | None] = {}
 
 
 def check(config: RunConfig) -> None:
@@ -32,21 +34,35 @@ def check(config: RunConfig) -> None:
                 raise BadInput(f"evaluate.{column}: {scenario.name} must have a task that the run's scenario has not")
 
 
-def score(federation: Federation, fresh: Callable[[], Strategy]) -> dict[str, float | None]:
-    """`<column>_before` and `<column>`: means over tasks, 0–100; None where the method routes by task identity.
+def score(federation: Federation) -> dict[str, float | None]:
+    """`<column>_before`, of the base, and `<column>`, of what was learned: means over tasks, 0–100.
 
-    fresh: makes the strategy as it was before the first stage.
+    None for what was learned by a method that routes by task identity.
     """
     found: dict[str, float | None] = {}
     for column in COLUMNS:
         if getattr(federation.config.evaluate, column):
-            there = copy.copy(federation)
-            config = _elsewhere(federation.config, column)
-            there.scenario, there.config_json = scenarios.of(config), json.dumps(on_the_wire(config))
-            found[column] = _mean(there, federation.scenario)
-            there.strategy = fresh()
-            found[f"{column}_before"] = _mean(there, federation.scenario)
+            found[column] = _mean(_there(federation, _elsewhere(federation.config, column)), federation.scenario)
+            found[f"{column}_before"] = _before(federation, _elsewhere(plain(federation.config), column))
     return found
+
+
+def _there(federation: Federation, config: RunConfig) -> Federation:
+    """The federation as it stands, with another scenario to be scored."""
+    there = copy.copy(federation)
+    there.scenario, there.config_json = scenarios.of(config), json.dumps(on_the_wire(config))
+    return there
+
+
+def _before(federation: Federation, config: RunConfig) -> float | None:
+    """Of an adapter that nobody has trained, which is the base. Kept: the cells of a sweep share it."""
+    there = _there(federation, config)
+    there.strategy = Finetune(cast(FinetuneConfig, config.strategy), federation.strategy.setup)
+    model, train = vars(config.model), (config.train.max_length, config.train.overlong)
+    key = repr((federation.bound["base"], model, train, there.scenario.hash, sorted(_names(federation.scenario))))
+    if key not in _BASE:
+        _BASE[key] = _mean(there, federation.scenario)
+    return _BASE[key]
 
 
 def _elsewhere(config: RunConfig, column: str) -> RunConfig:
@@ -56,8 +72,11 @@ def _elsewhere(config: RunConfig, column: str) -> RunConfig:
 
 
 def _foreign(scenario: Scenario, own: Scenario) -> list[int]:
-    names = {task.name for task in own.tasks}
-    return [index for index, task in enumerate(scenario.tasks) if task.name not in names]
+    return [index for index, task in enumerate(scenario.tasks) if task.name not in _names(own)]
+
+
+def _names(scenario: Scenario) -> set[str]:
+    return {task.name for task in scenario.tasks}
 
 
 def _mean(there: Federation, own: Scenario) -> float | None:

@@ -128,7 +128,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None
         skipped = federation.run().skipped_rounds
         if skipped * 2 > all_rounds:
             raise FedstrataError(f"{skipped} of {all_rounds} rounds were skipped; see {folder / 'events.jsonl'}")
-        elsewhere = beyond.score(federation, prepared.strategy)
+        elsewhere = beyond.score(federation)
         status = "completed"
     except KeyboardInterrupt:
         status = "interrupted"

@@ -58,7 +58,8 @@ def test_what_was_not_trained_is_as_the_base_and_what_forgets_is_below(
 
 def test_a_method_that_routes_by_task_identity_has_no_value(run: Callable[..., Summary], tmp_path: Path) -> None:
     told = run(f"evaluate.unseen={tmp_path / 'elsewhere.yaml'}", "strategy.name=oracle")
-    assert (told["unseen"], told["unseen_before"], "pretrained" in told) == (None, None, False)
+    assert (told["unseen"], "pretrained" in told) == (None, False)
+    assert told["unseen_before"] > 50
 
 
 def test_a_scenario_without_another_task_is_refused_before_the_run(run: Callable[..., Summary], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fedstrata.server.paired import Paired, paired
 from fedstrata.server.sweep import State, Sweep, check, look
 from fedstrata.server.sweeppage import comparison, show_plan, summary, write_page
 from fedstrata.server.worker import Answer, Job, Worker
+from fedstrata.strategies import STRATEGIES
 
 WriteRun = Callable[..., Path]
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -242,6 +243,14 @@ def test_the_committed_results_are_the_cells_of_the_commands_on_their_page() -> 
     found = [look(cells(*configure.split_recipe(each)), DOCS / "none", DOCS / "results") for each in words]
     assert {state.status for states in found for state in states} == {"completed"}
     assert sum(map(len, found)) == len({state.source for states in found for state in states})
+
+
+def test_the_big_table_leaves_no_strategy_out() -> None:
+    grid = cells(str(DOCS / "big-table.yaml"), [])
+    assert {cell.config.strategy.name for cell in grid} == set(STRATEGIES)
+    assert len({cell.config.scenario.name for cell in grid}) == 3
+    assert len(grid) == 3 * 3 * len(STRATEGIES)
+    assert {cell.config.seed for cell in grid[: 3 * len(STRATEGIES)]} == {0}
 
 
 # the table
