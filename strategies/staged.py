@@ -45,6 +45,7 @@ class Staged(Finetune):
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
         self.state = StagedState(self.state.adapter)
+        self._answer: tuple[StagedState, Flat] | None = None  # what the present state comes to: asked for all the time
 
     @abstractmethod
     def merged(self, adapters: Sequence[Flat]) -> Flat:
@@ -76,8 +77,10 @@ class Staged(Finetune):
     def knowledge(self) -> Knowledge:
         """While nothing has been trained, the present adapter, which changes nothing yet."""
         adapter, shared = self.setup.layout.cut(self.state.adapter)
-        kept = apart(self.setup.layout, self.state.past, self.setup.rank)
-        return Knowledge((self.merged([*kept, adapter] if self.state.trained or not kept else kept),), shared=shared)
+        if self._answer is None or self._answer[0] is not self.state:
+            kept = apart(self.setup.layout, self.state.past, self.setup.rank)
+            self._answer = self.state, self.merged([*kept, adapter] if self.state.trained or not kept else kept)
+        return Knowledge((self._answer[1],), shared=shared)
 
     def save(self) -> Parts:
         facts = {"stage": self.state.stage, "trained": self.state.trained}

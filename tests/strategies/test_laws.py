@@ -4,7 +4,7 @@ Server halves are driven by made-up replies in the embedded base's layout; whole
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -104,12 +104,25 @@ class Driver:
         return records.train_reply(TrainReply(at, flat, counts[partition], 1.0, 3, 0.1, extra=extra), message)
 
 
-@pytest.fixture
-def driver(files: Mapping[int, Path], name: str) -> Iterator[Driver]:
+@pytest.fixture(scope="module")
+def drivers(files: Mapping[int, Path]) -> Iterator[Callable[[str], Driver]]:
+    """Each method is prepared once."""
     torch.set_num_threads(1)
-    prepared = preparing.prepare(config(files[2], name, {}))
-    yield Driver(prepared)
-    prepared.close()
+    done: dict[str, Driver] = {}
+
+    def of(name: str) -> Driver:
+        if name not in done:
+            done[name] = Driver(preparing.prepare(config(files[2], name, {})))
+        return done[name]
+
+    yield of
+    for driver in done.values():
+        driver.prepared.close()
+
+
+@pytest.fixture
+def driver(drivers: Callable[[str], Driver], name: str) -> Driver:
+    return drivers(name)
 
 
 def numbers(parts: Parts) -> dict[str, np.ndarray]:
