@@ -21,7 +21,7 @@ from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
 from fedstrata.client.prefix import before
 from fedstrata.core.adapters import Flat
-from fedstrata.core.config import TrainSection
+from fedstrata.core.config import TrainSection, require
 
 if TYPE_CHECKING:
     from fedstrata.client.training import Job
@@ -150,7 +150,15 @@ class LocalContext:
         return squares(self, most)
 
     def apart(self, named: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """{name: [C, …]} as one mapping of arrays per client."""
+        """{name: [C, …]} as one mapping of arrays per client.
+
+        Raises:
+            BadInput: something other than real numbers per client, such as text, or a picture's bytes.
+        """
+        for name, value in named.items():
+            came = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            good = isinstance(value, torch.Tensor) and value.is_floating_point() and len(value) == len(self.jobs)
+            require(good, f"LocalHalf.end: {name}", f"real numbers of each of the {len(self.jobs)} clients", came)
         arrays = {name: value.detach().float().cpu().numpy() for name, value in named.items()}
         return [{name: value[row] for name, value in arrays.items()} for row in range(len(self.jobs))]
 
