@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedstrata.core.adapters import Flat, Layout
-from fedstrata.core.config import StrategyConfig, require
+from fedstrata.core.config import PROJECTORS, StrategyConfig, require
 from fedstrata.core.errors import BadInput
 from fedstrata.core.records import Knowledge
 from fedstrata.core.shapes import TOWER
@@ -49,6 +49,8 @@ class HideConfig(DiscoConfig):
     fuse: str = "factor"  # factor: (Σ B)(Σ A), as published; delta: Σ B A, as written
     expand: int = 1  # how many of the last decoder layers keep one slot per task
 
+    projectors: ClassVar[tuple[str, ...]] = PROJECTORS  # a slot has none of its own
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.fuse in FUSIONS, "strategy.fuse", " | ".join(FUSIONS), self.fuse)
@@ -70,10 +72,10 @@ class Hide(Oracle):
         self._answer: tuple[DiscoState, tuple[Flat, ...]] | None = None  # what the present state comes to
 
     def knowledge(self) -> Knowledge:
+        known = super().knowledge()
         if self._answer is None or self._answer[0] is not self.state:
-            slots = [subspace.adapter for subspace in self.state.subspaces]
-            self._answer = self.state, decoupled(slots, self.setup.layout, self.top, self.options.fuse)
-        return replace(super().knowledge(), adapters=self._answer[1])
+            self._answer = self.state, decoupled(known.adapters, self.setup.layout, self.top, self.options.fuse)
+        return replace(known, adapters=self._answer[1])
 
     def rank_after(self, stage: int) -> int:
         return self.setup.rank * (max(1, stage) if self.options.fuse == "delta" else 1)

@@ -151,6 +151,16 @@ def test_an_input_like_an_anchor_goes_to_its_slot_and_a_low_temperature_routes_h
     assert hard.tolist() == np.eye(3).tolist()
 
 
+def test_a_shared_projector_is_everybodys_and_no_slot_has_it(setup: Setup, train_reply: Any) -> None:
+    layout = Layout((("layers.0.up", 1, 2), ("layers.1.up", 1, 2)), (("projector.weight", (2,)),))
+    strategy = Hide(HideConfig(projector="shared"), replace(setup, layout=layout))
+    strategy.meet([told(0, 0, [1, 0]), told(1, 1, [0, 1])])
+    strategy.aggregate_train(1, [train_reply(0, [1] * 6 + [2, 4]), train_reply(1, [3] * 6 + [6, 8])])
+    known = strategy.knowledge()
+    assert known.shared.tolist() == [4, 6]
+    assert [adapter.tolist() for adapter in known.adapters] == [[4, 4, 4, 1, 1, 1], [4, 4, 4, 3, 3, 3]]
+
+
 def test_it_says_that_training_is_told_the_task() -> None:
     assert Hide.uses_task_identity
     assert Hide.needs_tokens
@@ -170,6 +180,7 @@ def test_ranks_are_planned_as_they_come(strategy: Hide, setup: Setup, train_repl
     ("options", "message"),
     [
         ({"fuse": "mean"}, "strategy.fuse: must be factor | delta, got 'mean'"),
+        ({"projector": "per-subspace"}, "strategy.projector: must be frozen or shared, got 'per-subspace'"),
         ({"expand": 0}, "strategy.expand: must be at least 1, got 0"),
         (
             {"activation": "concat"},
