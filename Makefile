@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install run test check links lint types floors clean
+.PHONY: install run test check links lint types floors clean deploy-demo deploy-down test-docker
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,21 @@ types: install links
 
 floors: install
 	$(BIN)/lint-imports --no-cache
+
+COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+DEMO := $(COMPOSE) -p fedstrata-demo -f docker-compose.yml -f docker-compose.demo.yml
+
+deploy-demo:    # three clients in containers, TLS and keys, the embedded data; its table, and the run's own exit code
+	@DOCKER_BUILDKIT=$${DOCKER_BUILDKIT:-0} $(DEMO) build
+	@$(DEMO) up --detach --no-build
+	@$(DEMO) logs --follow --no-color run
+	@exit $$(docker wait $$($(DEMO) ps -q run))
+
+deploy-down:    # ends it and removes its volumes: keys, data, runs
+	@$(DEMO) down --volumes --timeout 5
+
+test-docker: install    # builds the image and breaks a deployment in every way that docs/deploy.md promises to survive
+	FEDSTRATA_DOCKER=1 $(BIN)/python -m pytest -q tests/docker
 
 clean:
 	rm -rf $(VENV) .links build dist *.egg-info
