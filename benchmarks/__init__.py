@@ -14,6 +14,7 @@ NAMES = {
     "scale": "10,000 registered clients against 100",
     "leak": "memory after 200 rounds against memory after 20",
     "token-dp": "identity tokens with noise: which tasks of fcit-mini keep their subspaces, at what epsilon",
+    "attacks": "what hostile clients do to the merged adapter, by attack, rule and subspaces",
     "gpu": "what a GPU does at best: cost of an operation, matrix peak, memory per token",
     "gpu-train": "local training at LLaVA-1.5-7B's shape, against the published recipe on the same card",
     "gpu-round": "a round of 100 clients at TinyLlama-1.1B's shape",
