@@ -2,6 +2,8 @@
 
 import io
 import json
+import pickle
+import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from fedstrata.core import codec, records
@@ -17,7 +21,7 @@ from fedstrata.core.errors import FedstrataError
 from fedstrata.core.identity import Token
 from fedstrata.core.metrics import AccuracyMatrix
 from fedstrata.core.records import Binding, Description, ScoreReply, TrainReply
-from fedstrata.core.streaming import distance
+from fedstrata.core.streaming import RunningMean, distance
 from fedstrata.server import checkpoint, clipping, configure, exchange, launch
 from fedstrata.server.checks import Kind
 from fedstrata.server.flower_private import become_server, set_message_id
@@ -652,3 +656,198 @@ def test_an_encoded_update_far_above_the_median_is_rejected_by_its_norm() -> Non
     rejected = coded_gate(coded(request(0)), limit=0.05)  # it moved by 0.01 · √100
     assert isinstance(rejected, Rejected)
     assert rejected.kind == Kind.NORM
+
+
+@pytest.mark.parametrize("place", [0, SIZE - 1])
+@pytest.mark.parametrize("value", [1e16, -1e16, 3e38, -3e38])
+def test_a_number_that_no_adapter_holds_is_rejected_since_two_of_them_make_the_mean_infinite(
+    value: float, place: int
+) -> None:
+    flat = np.zeros(SIZE, np.float32)
+    flat[place] = value
+    reason = rejection(lambda asked: reply(asked, flat=flat))
+    assert reason.startswith("array: must be at most 1e+15 in size, got ")
+
+
+@pytest.mark.parametrize("values", [[1e15, -1e15, 0, 0], [1e-45, -0.0, 1e-38, -1e-45]])
+def test_large_and_denormal_numbers_that_can_be_averaged_pass(values: list[float]) -> None:
+    sent = [request(0)]
+    flat = np.array(values, np.float32)
+    ((_, value),), bad = gate(sent, [reply(sent[0], flat=flat)])
+    assert (value.flat.tobytes(), bad) == (flat.tobytes(), [])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros(SIZE, np.complex64),
+        np.zeros(SIZE, np.bool_),
+        np.zeros(SIZE, ">f4"),
+        np.zeros(SIZE, "S4"),
+        np.zeros(SIZE, "datetime64[s]"),
+        np.zeros((1, SIZE), np.float32),
+        np.zeros((SIZE, 1), np.float32),
+        np.zeros(SIZE - 1, np.float32),
+    ],
+)
+def test_what_could_be_broadcast_or_cast_is_not(values: np.ndarray) -> None:
+    assert rejection(lambda asked: with_array(asked, Array(values)))
+    lying = Array("float32", (SIZE,), "numpy.ndarray", saved(values))
+    assert rejection(lambda asked: with_array(asked, lying))
+
+
+@pytest.mark.parametrize("name", ["flаt", "../flat", "flat\0", "", "x" * 100_000, "flat "])
+def test_a_name_that_only_looks_right_is_another_name(name: str) -> None:
+    def renamed(asked: Message) -> Message:
+        message = reply(asked)
+        arrays = message.content.array_records["arrays"]
+        arrays[name] = arrays.pop("flat")
+        return message
+
+    assert rejection(renamed) == "record 'flat' is missing"
+
+
+def test_twenty_thousand_metrics_are_refused_by_their_names() -> None:
+    def many(asked: Message) -> Message:
+        return with_metrics(asked, **{f"m{n}": 0.0 for n in range(20_000)})
+
+    assert rejection(many).startswith("records: must be")
+
+
+@pytest.mark.parametrize("count", [10.0, 10.5, -0.0])
+def test_a_count_that_is_no_whole_number_is_rejected_since_flowers_strategies_would_weigh_by_it(count: float) -> None:
+    assert rejection(lambda asked: with_metrics(asked, **{"num-examples": count})).startswith(
+        "num-examples: must be 10"
+    )
+
+
+class Canary:
+    """Leaves a file where somebody unpickles it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_bytes_are_not_unpickled(tmp_path: Path) -> None:
+    canary, control = tmp_path / "canary", tmp_path / "control"
+    pickle.loads(pickle.dumps(Canary(control)))
+    assert control.exists()  # it would sing
+    rows = np.array([Canary(canary)] * SIZE, dtype=object)
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=True)
+    zipped = io.BytesIO()
+    np.savez(zipped, rows, allow_pickle=True)
+    for data in (buffer.getvalue(), pickle.dumps(Canary(canary)), zipped.getvalue()):
+        lying = Array("float32", (SIZE,), "numpy.ndarray", data)
+        assert rejection(lambda asked, lying=lying: with_array(asked, lying))
+    assert not canary.exists()
+
+
+def test_a_header_that_claims_gigabytes_takes_no_memory() -> None:
+    header = io.BytesIO()
+    fields = {"descr": "<f4", "fortran_order": False, "shape": (200_000_000_000,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    lying = Array("float32", (SIZE,), "numpy.ndarray", header.getvalue() + b"\0" * 16)
+    tracemalloc.start()
+    try:
+        assert rejection(lambda asked: with_array(asked, lying))
+        assert tracemalloc.get_traced_memory()[1] < 16e6
+    finally:
+        tracemalloc.stop()
+
+
+def sane(flat: np.ndarray) -> bool:
+    return flat.dtype == np.float32 and flat.shape == (SIZE,) and bool(np.abs(flat).max() <= 1e15)
+
+
+def test_every_flipped_bit_of_an_arrays_header_is_refused_or_leaves_a_sane_array() -> None:
+    good = GOOD.flat.astype(np.float32)
+    data = saved(good)
+    for bit in range(8 * (len(data) - good.nbytes)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        sent = [request(0)]
+        message = with_array(sent[0], Array("float32", (SIZE,), "numpy.ndarray", bytes(flipped)))
+        passed, bad = gate(sent, [message])
+        assert len(passed) + len(bad) == 1
+        assert all(sane(value.flat) for _, value in passed)  # a shorter header moves the bytes that are read
+
+
+MUTANTS = st.lists(st.tuples(st.integers(0, 143), st.integers(0, 255)), min_size=1, max_size=20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=MUTANTS, cut=st.integers(0, 144), more=st.binary(max_size=40))
+def test_whatever_is_done_to_the_bytes_costs_at_most_that_reply(
+    changes: list[tuple[int, int]], cut: int, more: bytes
+) -> None:
+    data = bytearray(saved(GOOD.flat)[:144])
+    for place, value in changes:
+        data[place] = value
+    mutant = Array("float32", (SIZE,), "numpy.ndarray", bytes(data[:cut]) + more)
+    sent = [request(partition) for partition in range(3)]
+    passed, bad = gate(sent, [reply(sent[0]), with_array(sent[1], mutant), reply(sent[2])])
+    values = {value.binding.partition: value.flat for _, value in passed}
+    assert {0, 2} <= set(values)
+    assert len(passed) + len(bad) == 3
+    assert all(sane(flat) for flat in values.values())
+
+
+FIELDS = st.one_of(
+    st.integers(-(2**63), 2**63 - 1), st.floats(), st.lists(st.floats(), max_size=3), st.lists(st.integers(0, 9))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(["num-examples", "loss", "steps", "seconds"]), value=FIELDS)
+def test_whatever_a_metric_is_nothing_but_a_sane_one_passes(name: str, value: Any) -> None:
+    sent = [request(0)]
+    try:
+        message = with_metrics(sent[0], **{name: value})
+    except (TypeError, ValueError):  # what Flower's own record refuses
+        return
+    passed, bad = gate(sent, [message])
+    assert len(passed) + len(bad) == 1
+    for _, one in passed:
+        assert one.count == SAMPLES
+        assert np.isfinite([one.loss, one.seconds]).all()
+        assert min(one.steps, one.seconds) >= 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(run=st.text(max_size=8), stage=st.integers(-9, 9), number=st.integers(-9, 9), partition=st.integers(-9, 9))
+def test_only_the_binding_that_was_asked_for_passes(run: str, stage: int, number: int, partition: int) -> None:
+    at = Binding(run, stage, number, partition)
+    sent = [request(1)]
+    passed, _ = gate(sent, [reply(sent[0], binding=at)])
+    assert bool(passed) == (at == binding(1))
+
+
+def test_the_merge_of_a_round_with_one_bad_reply_is_that_of_the_good_ones_bit_for_bit() -> None:
+    """For one reply of every kind; `server.federation` gives the strategy what the gate lets through."""
+    bad: list[Callable[[Message], Message]] = [
+        lambda asked: Message(Error(2, "gone"), reply_to=asked),
+        lambda asked: without_record(asked, "metrics"),
+        lambda asked: reply(asked, binding=binding(9)),
+        lambda asked: reply(asked, flat=np.zeros(SIZE + 1, np.float32)),
+        lambda asked: reply(asked, flat=np.array([0, np.nan, 0, 0], np.float32)),
+        lambda asked: reply(asked, flat=np.full(SIZE, 3e38, np.float32)),
+        lambda asked: reply(asked, count=10**15),
+        lambda asked: with_array(asked, Array("float32", (SIZE,), "numpy.ndarray", b"?")),
+    ]
+    flats = np.random.default_rng(0).normal(size=(3, SIZE)).astype(np.float32)
+
+    def merged(make: Callable[[Message], Message] | None) -> bytes:
+        sent = [request(partition) for partition in range(4)]
+        came = [reply(asked, flat=flat) for asked, flat in zip(sent, flats, strict=False)]
+        good, _ = gate(sent, [*came, *([make(sent[3])] if make else [])])
+        mean = RunningMean()
+        for _, value in good:
+            mean.add(value.flat, value.count)
+        return mean.value().tobytes()
+
+    plain = merged(None)
+    assert all(merged(make) == plain for make in bad)
