@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,20 @@ def sent() -> Callable[[Strategy], dict[int, tuple[int, list[float]]]]:
 @pytest.fixture
 def federate(tmp_path: Path) -> Callable[..., Ran]:
     """A whole run of fcit-mini-short, shrunk to one epoch a round: its strategy's final state and its summary."""
+    return lambda name, *words: short_run(tmp_path / f"run-{len(list(tmp_path.iterdir()))}", name, *words)
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ran]:
+    """A whole run of fcit-mini-short, scored on the test split; each method runs once."""
+    folder = tmp_path_factory.mktemp("short")
+    return cache(lambda name: short_run(folder / name, name, "train.local_epochs=2", "evaluate.split=test"))
+
+
+def short_run(folder: Path, name: str, *words: str) -> Ran:
     torch.set_num_threads(1)
-
-    def run(name: str, *words: str) -> Ran:
-        small = ["federation.grid=inprocess", "train.local_epochs=1", "train.lr=1e-3", "evaluate.split=val"]
-        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        config = configure.resolve("fcit-mini-short", [*small, f"strategy.name={name}", f"run.dir={folder}", *words])
-        launch.run(config, Console(quiet=True))
-        summary = json.loads((folder / "summary.json").read_text())
-        return Ran(checkpoint.require_newest(folder).parts, summary, folder)
-
-    return run
+    small = ["federation.grid=inprocess", "train.local_epochs=1", "train.lr=1e-3", "evaluate.split=val"]
+    config = configure.resolve("fcit-mini-short", [*small, f"strategy.name={name}", f"run.dir={folder}", *words])
+    launch.run(config, Console(quiet=True))
+    summary = json.loads((folder / "summary.json").read_text())
+    return Ran(checkpoint.require_newest(folder).parts, summary, folder)
