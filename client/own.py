@@ -52,13 +52,6 @@ def scenario(config: RunConfig, names: Sequence[str], partition: int) -> Scenari
     return _open(folder, tuple(names), partition, *sizes, _stamp(folder))
 
 
-def refuse_other(context: Context, partition: int) -> None:
-    """A client answers for itself alone. Raises `BadInput` when it is asked as somebody else."""
-    own = int(context.node_config.get("partition-id", -1))
-    if partition != own:
-        raise BadInput(f"partition-id: this client is {own}, the message is for {partition}")
-
-
 def holding(config: RunConfig, names: Sequence[str], context: Context) -> str:
     """What the client tells of its folder, as JSON; names of data under a key that it keeps."""
     partition = int(context.node_config.get("partition-id", -1))

@@ -41,9 +41,10 @@ def forward(socket: Path, message: Message, context: Context) -> Message:
         FedstrataError: there is no reply; Flower makes an error reply of it.
     """
     for _ in range(TRIES):
+        talk = connect(socket)
         began = time.monotonic()
         try:
-            with connect(socket) as talk:
+            with talk:
                 line.send(talk, message, context)
                 reply, after = line.receive(talk)
         except (EOFError, OSError):

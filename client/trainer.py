@@ -6,6 +6,7 @@ path, a name or a piece of the data.
 """
 
 import faulthandler
+import importlib
 import logging
 import os
 import signal
@@ -17,9 +18,8 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from fedstrata.client import app, line, own
+from fedstrata.client import line
 from fedstrata.client.keep import Keep
-from fedstrata.client.release import NOISE
 from fedstrata.core import records, signing
 from fedstrata.core.errors import BadInput
 
@@ -42,11 +42,11 @@ class Trainer:
         """The reply; an error of whatever kind becomes an error reply that names the kind alone."""
         try:
             at = records.binding(message)
-            if at.partition >= 0:
-                own.refuse_other(context, at.partition)
+            partition = int(context.node_config.get("partition-id", -1))
+            if at.partition not in (-1, partition):
+                raise BadInput(f"partition-id: this client is {partition}, the message is for {at.partition}")
             reply = self._serve(message, context, at)
             if self._key and reply.has_content():
-                partition = int(context.node_config.get("partition-id", -1))
                 signing.sign(reply, partition, message.metadata.message_id, self._key)
             return reply
         except Exception as error:
@@ -56,6 +56,9 @@ class Trainer:
 
     def _serve(self, message: Message, context: Context, at: records.Binding) -> Message:
         """The ClientApp's reply, with the client's memory in its context and put away again afterwards."""
+        from fedstrata.client import app
+        from fedstrata.client.release import NOISE
+
         trains = message.metadata.message_type == records.TRAIN
         secret = self._keep.secret()
         state = RecordDict({**secret, **(self._keep.load(at) if trains else {})})
@@ -100,6 +103,7 @@ def main() -> None:
     socket = line.address(home)
     socket.unlink(missing_ok=True)
     trainer = Trainer(home, Path(certs) / KEY if certs else None)
+    importlib.import_module("fedstrata.client.app")  # torch and its like, before the first message comes
     with Listener(str(socket), "AF_UNIX", authkey=line.token_of(socket).read_bytes()) as door:
         log.info("listening")
         listen(trainer, door, line.limit())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ class Deployment:
         api = ["--runtime-api-address", f"127.0.0.1:{self.port}", "--root-certificates", f"{own}/ca.crt"]
         self.start("superexec", ["flower-superexec", *api, *secret], {"FEDSTRATA_NODES": str(own / "nodes")})
         for path in sorted((own / "nodes").glob("*.pub")):
-            self.until(lambda path=path: self.flwr("supernode", "register", str(path), "tls").returncode == 0)
+            self.until(partial(self.register, path))
+
+    def register(self, key: Path) -> bool:
+        return self.flwr("supernode", "register", str(key), "tls").returncode == 0
 
     def node(self, client: int, **changes: str) -> subprocess.Popen[bytes]:
         """`fedstrata deploy node` of one client. changes: of its environment."""
