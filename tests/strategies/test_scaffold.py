@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord
 
 from fedstrata.core.errors import BadInput
@@ -16,18 +17,20 @@ CENTRES = torch.tensor([[1.0, 1.0], [-1.0, 2.0]], dtype=torch.float64)
 STEPS, LR = 10, 0.05
 
 
-class Quadratics:
-    """Two clients with the losses ½ (x − c)ᵀ H (x − c), trained by gradient descent: what a local half sees of them."""
+class Clients:
+    """What a local half sees of clients that take STEPS steps on losses of their own."""
 
     def __init__(self, control: np.ndarray, memories: list[dict[str, np.ndarray]]) -> None:
-        self.gradient, self.steps, self.memories = torch.zeros(2, 2).double(), [STEPS, STEPS], memories
-        self._control = torch.from_numpy(control).double().expand(2, 2)
+        shape = (len(memories), control.size)
+        self.gradient, self.steps, self.memories = torch.zeros(shape).double(), [STEPS] * len(memories), memories
+        self._control = torch.from_numpy(control).double().expand(shape)
 
     def sent(self, name: str) -> torch.Tensor:
         return self._control
 
     def recall(self, name: str) -> torch.Tensor:
-        return torch.stack([torch.from_numpy(memory.get(name, np.zeros(2))).double() for memory in self.memories])
+        nothing = np.zeros(self.gradient.shape[1])
+        return torch.stack([torch.from_numpy(memory.get(name, nothing)).double() for memory in self.memories])
 
     def remember(self, name: str, values: torch.Tensor) -> None:
         for memory, mine in zip(self.memories, values.numpy(), strict=True):
@@ -35,10 +38,11 @@ class Quadratics:
 
 
 def distance_to_the_optimum(strength: float, mu: float = 0.0, rounds: int = 400) -> float:
+    """Two clients with the losses ½ (x − c)ᵀ H (x − c), trained by gradient descent."""
     total, control = np.zeros(2), np.zeros(2)
     memories: list[dict[str, np.ndarray]] = [{}, {}]
     for _ in range(rounds):
-        ctx, half = Quadratics(control, memories), Controlled(ScaffoldConfig(strength=strength))
+        ctx, half = Clients(control, memories), Controlled(ScaffoldConfig(strength=strength))
         half.begin(ctx)
         values = torch.from_numpy(total).repeat(2, 1)
         for _ in range(STEPS):
@@ -59,11 +63,52 @@ def test_it_reaches_the_optimum_where_averaging_is_biased() -> None:
     assert distance_to_the_optimum(strength=1) < 1e-12
 
 
+def loss_on_all_labels(strength: float, optimiser: str, skewed: bool, rounds: int = 15) -> float:
+    """Four clients learn four labels by one linear layer, each from 60 examples: of one label alone, or of all."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(60)
+    centres = 1.5 * torch.randn(4, 6, generator=draw, dtype=torch.float64)
+    x = centres[labels] + torch.randn(len(labels), 6, generator=draw, dtype=torch.float64)
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+    deal = torch.arange(240).view(4, 60) if skewed else torch.arange(240).view(60, 4).T
+
+    def loss(values: torch.Tensor) -> torch.Tensor:
+        """[C] for values [C, 28]."""
+        logits = torch.einsum("cni,coi->cno", x[deal], values.view(4, 4, 7))
+        return F.cross_entropy(logits.transpose(1, 2), labels[deal], reduction="none").mean(1)
+
+    total, control = torch.zeros(28, dtype=torch.float64), np.zeros(28)
+    memories: list[dict[str, np.ndarray]] = [{} for _ in deal]
+    for _ in range(rounds):
+        ctx, half = Clients(control, memories), Controlled(ScaffoldConfig(strength=strength))
+        half.begin(ctx)
+        values = total.repeat(4, 1).requires_grad_()
+        step = torch.optim.AdamW([values], lr=0.03) if optimiser == "AdamW" else torch.optim.SGD([values], lr=0.5)
+        for _ in range(STEPS):
+            ctx.gradient.copy_(torch.autograd.grad(loss(values).sum(), values)[0])
+            half.on_gradients(ctx, {})
+            values.grad = ctx.gradient
+            step.step()
+        control = control + half.end(ctx)["control"].numpy().mean(0)
+        total = values.detach().mean(0)
+    return float(loss(total.repeat(4, 1)).mean())
+
+
+@pytest.mark.parametrize("optimiser", ["SGD", "AdamW"])
+def test_it_beats_averaging_where_every_client_has_one_label(optimiser: str) -> None:
+    """Loss 0.265 averaged and 0.230 controlled by SGD, 0.381 and 0.225 by AdamW; with even labels 0.227 and 0.234."""
+    averaged, controlled = (loss_on_all_labels(strength, optimiser, skewed=True) for strength in (0.0, 1.0))
+    even, same = (loss_on_all_labels(strength, optimiser, skewed=False) for strength in (0.0, 1.0))
+    assert controlled < averaged
+    assert controlled - same < (averaged - even) / 2  # at least half of what the skew costs is gone
+    assert abs(same - even) < 0.02
+
+
 def test_the_mean_of_the_gradients_is_the_papers_rule_where_steps_are_plain() -> None:
     """c_k⁺ = c_k − c + (x − y)/(Kη)."""
     memories = [{"control": np.array([0.5, -1.0])}, {"control": np.array([2.0, 0.25])}]
     own, control = np.stack([memory["control"] for memory in memories]), np.array([0.3, 0.7])
-    ctx, half = Quadratics(control, memories), Controlled(ScaffoldConfig())
+    ctx, half = Clients(control, memories), Controlled(ScaffoldConfig())
     half.begin(ctx)
     values = start = torch.tensor([[0.2, -0.4], [0.2, -0.4]], dtype=torch.float64)
     for _ in range(STEPS):
