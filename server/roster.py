@@ -4,8 +4,9 @@ A grid of our own has all clients at all times. On Flower's, nodes are asked to 
 one that is gone has no seat until it is back.
 """
 
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
 
@@ -14,7 +15,7 @@ from fedstrata.core.records import Description, Holding
 from fedstrata.scenarios.held import HeldScenario, check_holding
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server.checks import Refused
-from fedstrata.server.exchange import describe, describe_all
+from fedstrata.server.exchange import PAUSE, describe, describe_all
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Roster(Mapping[int, int]):
         if self._fixed:
             self._first = describe(grid, next(iter(self._nodes.values())), config, run)
             return
-        refused = self.look().refused
+        refused = self._update().refused
         if self._first is None:
             why = "; ".join(reason for _, reason in refused) or "none is connected"
             raise FedstrataError(f"no client can take part: {why}")
@@ -55,23 +56,36 @@ class Roster(Mapping[int, int]):
         return self._first
 
     def look(self, anew: bool = False) -> Change:
-        """Brings the roster up to date. anew: asks those that are known, too, since their data may have changed."""
+        """Brings the roster up to date; with nobody there it waits for somebody, since rounds would be for nothing.
+
+        anew: asks those that are known, too, since their data may have changed.
+
+        Raises:
+            FedstrataError: nobody came within the timeout.
+        """
+        before, change = set(self._nodes), self._update(anew)
+        deadline = time.monotonic() + self._timeout
+        while not self._nodes:
+            if time.monotonic() > deadline:
+                raise FedstrataError(f"federation.timeout: no client was there for {self._timeout:g} s")
+            time.sleep(PAUSE)
+            change = self._update()
+        now = set(self._nodes)
+        return replace(change, joined=tuple(sorted(now - before)), left=tuple(sorted(before - now)))
+
+    def _update(self, anew: bool = False) -> Change:
+        """One look; of the change, who was refused."""
         if self._fixed:
             return Change()
         anew = anew and isinstance(self._scenario, HeldScenario)
-        there, before = set(self._grid.get_node_ids()), dict(self._nodes)
-        for client, node in before.items():
-            if node not in there or anew:
-                self._drop(client, forget=node not in there)
+        there, before = set(self._grid.get_node_ids()), self._nodes
+        self._nodes = {client: node for client, node in before.items() if node in there and not anew}
         self._wrong = {node: why for node, why in self._wrong.items() if node in there}
         refused = self._ask(sorted(there - {*self._nodes.values(), *self._wrong}))
-        left = tuple(sorted(before.keys() - self._nodes.keys()))
-        return Change(tuple(sorted(self._nodes.keys() - before.keys())), left, refused)
-
-    def _drop(self, client: int, forget: bool) -> None:
-        del self._nodes[client]
-        if forget and isinstance(self._scenario, HeldScenario):
-            self._scenario.told.tell(client, None)
+        for client in before.keys() - self._nodes.keys():
+            if isinstance(self._scenario, HeldScenario):
+                self._scenario.told.tell(client, None)
+        return Change(refused=refused)
 
     def _ask(self, nodes: list[int]) -> tuple[tuple[int, str], ...]:
         """Takes in those that describe themselves well; of the others, why not. Who failed is asked again next time."""
