@@ -6,7 +6,7 @@ the plan of a run; the base's layers are read off the header of its weight file,
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from safetensors import safe_open
@@ -67,7 +67,7 @@ def needs(kind: type[Strategy]) -> str:
     asked = {
         "all tasks at once": kind.pooled,
         "task identity": kind.uses_task_identity,
-        "text encoder": kind.needs_tokens,
+        "text encoder": kind.needs_tokens or kind.facts.encoder,
         "rehearsal": kind.facts.rehearsal,
     }
     return ", ".join(what for what, wanted in asked.items() if wanted) or "–"
@@ -88,7 +88,7 @@ def markdown(rows: Iterable[Method]) -> str:
 
 def _setup(options: StrategyConfig, config: RunConfig) -> Setup:
     sizes, dim = config.federation, shapes.token_dim(config)  # of the embedded base the language model's width, too
-    layout = options.trains(embedded(), dim, lambda: dim)
+    layout = options.trains(embedded(), dim, lambda: shapes.token_dim(replace(config, strategy=options)))
     return Setup(0, layout, config.lora.rank, TASKS, 0.9, 0.05, clients=sizes.clients, rounds=sizes.rounds_per_stage)
 
 

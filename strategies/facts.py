@@ -12,6 +12,7 @@ class Facts:
         paper: arXiv number; empty without a paper.
         venue: where it was published.
         rehearsal: whether clients keep examples of earlier tasks.
+        encoder: whether clients choose by features of a text encoder, though no token of theirs is asked for.
         grows: adapters that one more task adds to the state; each brings a token if the method asks for tokens.
         plain: options of `finetune` that the method repeats bit for bit with its `neutral` options; None: nothing in
             the catalogue is plainer.
@@ -23,6 +24,7 @@ class Facts:
     paper: str = ""
     venue: str = ""
     rehearsal: bool = False
+    encoder: bool = False
     grows: int = 0
     plain: Mapping[str, object] | None = None
     neutral: Mapping[str, object] = field(default_factory=dict)

@@ -72,7 +72,7 @@ class Pulled(LocalHalf):
 class L2P(Finetune):
     """FedAvg on a pool of prompts that inputs choose from by keys (learning to prompt)."""
 
-    facts: ClassVar[Facts] = Facts("2112.08654", "CVPR 2022")
+    facts: ClassVar[Facts] = Facts("2112.08654", "CVPR 2022", encoder=True)
     config_type: ClassVar[type[StrategyConfig]] = L2PConfig
     local_half: ClassVar[type[LocalHalf]] = Pulled
     routes: ClassVar[bool] = False  # no prompt is any task's own
