@@ -248,6 +248,15 @@ def test_argmax_takes_the_best_alone_and_of_equals_the_oldest() -> None:
     assert activate(np.array([[1, 0], [0, 5]], np.float32), cache, 0.05, "argmax").tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
+def test_the_activations_meet_in_their_limits() -> None:
+    """A cold softmax is argmax, a hot one the mean of all, of which concat is K times as much."""
+    inputs, tokens = stack(*range(0, 360, 37)), stack(0, 70, 150, 260)
+    cold, hot = activate(inputs, tokens, 1e-4), activate(inputs, tokens, 1e6)
+    assert np.allclose(cold, activate(inputs, tokens, 1.0, "argmax"), atol=1e-6)
+    assert np.allclose(4 * hot, activate(inputs, tokens, 1.0, "concat"), atol=1e-5)
+    assert np.allclose(activate(inputs, tokens, 0.05).sum(axis=1), 1, atol=1e-6)
+
+
 def test_cosine_weights_are_the_cosines_themselves() -> None:
     found = activate(np.array([[3, 4]], np.float32), np.array([[4, 3], [-3, -4]], np.float32), 0.05, "cosine")
     assert found.tolist() == [pytest.approx([0.96, -1])]
