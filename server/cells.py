@@ -41,18 +41,21 @@ class Cell:
         """Dotted key → value of what decides the result."""
         return settings(to_dict(self.config))
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        """Whether a run's config, as its folder or result file has it, is this cell's.
-
-        A key that the file lacks came later than its run and counts as at its default; `model.matmul=auto` is resolved
-        by each machine, so any choice matches it.
-        """
-        try:
-            now = settings(to_dict(from_dict(config, find(str(config["strategy"]["name"])).config_type)))
-        except (BadInput, KeyError, TypeError):  # of a version whose keys are gone
-            return False
+    def matches(self, now: Mapping[str, Any]) -> bool:
+        """Whether settings (`present`) are this cell's; each machine resolves `model.matmul=auto`: any matches."""
         free = self.config.model.matmul == "auto"
         return all(now.get(k) == v for k, v in self.settings.items() if not (free and k == MACHINES))
+
+
+def present(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run's config, as its folder or result file has it, in the words of today.
+
+    A key that it lacks came later than the run and counts as at its default. Empty for a version whose keys are gone.
+    """
+    try:
+        return settings(to_dict(from_dict(config, find(str(config["strategy"]["name"])).config_type)))
+    except (BadInput, KeyError, TypeError):
+        return {}
 
 
 def cells(recipe: str, words: Sequence[str]) -> list[Cell]:

@@ -7,7 +7,7 @@ begun, and tried once more when it fails. Cells share nothing but the machine, s
 import json
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from fedstrata.core import durable
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.core.metrics import AccuracyMatrix
-from fedstrata.server.cells import Cell
+from fedstrata.server.cells import Cell, present
 from fedstrata.server.results import Result, load, result_json
 from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder, read_json
 from fedstrata.server.worker import Answer, Job, Worker
@@ -50,21 +50,26 @@ def look(cells: Sequence[Cell], folder: Path, results: Path | None) -> list[Stat
     Raises:
         BadInput: a result file or a run folder of a cell's name holds another run.
     """
-    files = sorted(results.glob("*.json")) if results else []
-    known = [(path, read_json(path)) for path in files]
+    known = [(path, _present(path)) for path in (sorted(results.glob("*.json")) if results else ())]
     return [_state(cell, folder / cell.name, known) for cell in cells]
 
 
-def _state(cell: Cell, folder: Path, known: Sequence[tuple[Path, Any]]) -> State:
-    for path, tree in known:
-        if isinstance(tree, dict) and isinstance(tree.get("config"), dict) and cell.matches(tree["config"]):
+def _present(path: Path) -> dict[str, Any]:
+    """A result file's settings; empty for any other JSON file."""
+    tree = read_json(path)
+    return present(tree["config"]) if isinstance(tree, dict) and isinstance(tree.get("config"), dict) else {}
+
+
+def _state(cell: Cell, folder: Path, known: Sequence[tuple[Path, Mapping[str, Any]]]) -> State:
+    for path, now in known:
+        if cell.matches(now):
             return State(cell, COMPLETED, path)
         if path.stem == cell.name:
             raise BadInput(f"{path}: holds a run with another config than the cell of this name; name other --results")
     if not (folder / CONFIG).exists():
         return State(cell)
     run = RunFolder(folder)
-    if not cell.matches(run.config):
+    if not cell.matches(present(run.config)):
         raise BadInput(f"{folder}: holds a run with another config than the cell of this name; name another --dir")
     done = run.has(SUMMARY) and run.summary.get("status") == COMPLETED
     return State(cell, COMPLETED, folder) if done else State(cell, BEGUN)

@@ -14,7 +14,7 @@ from rich.console import Console
 from fedstrata.core.config import to_dict
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.server import configure, launch, worker
-from fedstrata.server.cells import Cell, cells, split
+from fedstrata.server.cells import Cell, cells, present, split
 from fedstrata.server.cli import main
 from fedstrata.server.compare import compare
 from fedstrata.server.paired import Paired, paired
@@ -102,12 +102,13 @@ def test_a_result_of_before_a_key_existed_is_of_its_default() -> None:
     config = to_dict(cell.config)
     config["model"]["matmul"] = "onednn"  # auto, as one machine resolved it
     del config["train"]["overlong"], config["strategy"]["subspaces"], config["run"]
-    assert cell.matches(config)
-    assert not cell.matches({**config, "seed": 1})
-    assert not cell.matches({**config, "train": {**config["train"], "lr": 0.1}})
-    assert not cell.matches({**config, "gone": 1})
+    assert cell.matches(present(config))
+    assert not cell.matches(present({**config, "seed": 1}))
+    assert not cell.matches(present({**config, "train": {**config["train"], "lr": 0.1}}))
+    assert present({**config, "gone": 1}) == {}
+    assert not cell.matches({})
     (other,) = cells("fcit-mini-short", ["strategy.name=finetune", "model.matmul=default"])
-    assert not other.matches(config)
+    assert not other.matches(present(config))
 
 
 # what is run
