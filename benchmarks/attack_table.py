@@ -16,7 +16,8 @@ Replies are real messages that pass the real gate and DISCO's own merge; the upd
 the factors), no model is trained. The hostile know all honest updates. A figure is the distance of the merged step to
 the mean step of the honest clients, in lengths of the latter, both as what the adapter does (B A): 0 is perfect, 1 is
 as bad as no step, ∞ is a lost model. *Spread* is the root mean square distance of one honest client's step to that
-mean: what honest clients differ by. `suspects` is what is really there. Bold: above twice the spread.
+mean: what honest clients differ by. `suspects` is what is really there. Means over three seeds (the JSON
+has the worst, too). Bold: above twice the spread.
 """
 
 
@@ -24,9 +25,7 @@ def page(result: Mapping[str, Any]) -> str:
     """One table per case: attacks down, rules across."""
     rows = result["pairs"]
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    machine = result["machine"]
-    foot = f"Means over the seeds; {result['what'].rpartition(', ')[2]} of each. {machine['processor']}.\n"
-    return "\n".join([HEAD, *(table(case, [row for row in rows if row["case"] == case]) for case in cases), foot])
+    return "\n".join([HEAD, *(table(case, [row for row in rows if row["case"] == case]) for case in cases)])
 
 
 def table(case: str, rows: list[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@
     python benchmarks/kill.py --trials 10 --power-cut          # un-flushed data and renames are lost, too
     python benchmarks/kill.py --trials 10 --break fsync        # the same without a flush: must report losses
     python benchmarks/kill.py --points                         # every crash point of every commit
-    python benchmarks/kill.py --ray 3 --fault raylet           # one of Ray's processes alone (raylet | actor | stop)
+    python benchmarks/kill.py --ray 3 --fault raylet actor stop  # one of Ray's processes alone killed, or stopped
 
 Every trial runs fcit-mini-short (train.local_epochs=1), is killed up to `--kills` times with all its processes, and
 is resumed until it ends; its final state must have the hash of an uninterrupted run's. `--trials` use the in-process
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 HARNESS = Path(__file__).parents[1] / "tests" / "faults"
+FAULTS = ("raylet", "actor", "stop")
 COUNTS = ("trials", "good", "kills", "commits_lost", "other_bits", "not_ended")
 Part = tuple[str, int, dict[str, Any]]  # grid, number of trials, fields of the harness's plan
 
@@ -68,7 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--power-cut", action="store_true")
     parser.add_argument("--break", dest="leave_out", default="", choices=["fsync", "rename"])
-    parser.add_argument("--fault", default="", choices=["raylet", "actor", "stop"], help="for the trials over Ray")
+    parser.add_argument("--fault", nargs="+", default=[""], choices=FAULTS, help="of the trials over Ray")
     parser.add_argument("--points", action="store_true", help="one run, broken off at every named crash point")
     parser.add_argument("--rotate", action="store_true", help="with --points: each commit at one of them")
     parser.add_argument("--json", type=Path)
@@ -78,10 +79,8 @@ def _arguments() -> argparse.Namespace:
 def _asked(arguments: argparse.Namespace) -> list[Part]:
     """What the options name, one by one."""
     cut = {"power_cut": arguments.power_cut or bool(arguments.leave_out), "leave_out": arguments.leave_out}
-    parts: list[Part] = [
-        ("inprocess", arguments.trials, cut),
-        ("ray", arguments.ray, {**cut, "fault": arguments.fault}),
-    ]
+    over_ray: list[Part] = [("ray", arguments.ray, {**cut, "fault": fault}) for fault in arguments.fault]
+    parts: list[Part] = [("inprocess", arguments.trials, cut), *over_ray]
     if arguments.points:
         parts.append(("inprocess", 1, _points(arguments.rotate)))
     return [part for part in parts if part[1]]
@@ -96,7 +95,7 @@ def _suite(arguments: argparse.Namespace) -> list[Part]:
         ("inprocess", 1, _points(arguments.rotate)),
         ("inprocess", some, {"power_cut": True}),
         *[("inprocess", few, {"power_cut": True, "leave_out": flush}) for flush in ("fsync", "rename")],
-        *[("ray", max(1, arguments.ray // 2), {"fault": fault}) for fault in ("raylet", "actor", "stop")],
+        *[("ray", max(1, arguments.ray // 2), {"fault": fault}) for fault in FAULTS],
     ]
 
 

@@ -4,10 +4,11 @@ Exit codes: 0 completed, 1 failed, 2 bad input (one clear message, no traceback)
 """
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -235,11 +236,21 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except FedstrataError as error:
         Console(stderr=True).print(f"[bold red]{_title(error)}[/bold red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
+        _end(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(75)
     except Exception as error:
         _other(error)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process; at once where a dead Ray was left behind, whose own end would be another code."""
+    raystart = sys.modules.get("fedstrata.server.raystart")
+    if raystart and raystart.ABANDONED.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _title(error: FedstrataError) -> str:

@@ -5,7 +5,6 @@ token of its own, which lives in the environment of its processes and nowhere el
 user's own settings hold (RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token).
 """
 
-import atexit
 import logging
 import os
 import secrets
@@ -35,6 +34,7 @@ from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 
 RAY_VERSION = "2.55.1"  # of which the private corners above are; a test names it
 KEY = "federation.ray_address"
+ABANDONED = threading.Event()  # a dead Ray was left behind: only `os._exit` ends this process with a code of ours
 DEAD = "Ray's raylet has died"
 PATIENCE = 10.0  # seconds in which a cluster must answer
 
@@ -95,7 +95,7 @@ def _abandon() -> None:
     """Ends what a dead raylet left running. Ray's own shutdown, now or at exit, would end this process with code 1."""
     node: Any = ray._private.worker._global_node
     node.kill_all_processes(check_alive=False, allow_graceful=False)
-    atexit.unregister(ray.shutdown)
+    ABANDONED.set()
 
 
 def _begin(cpus: int) -> None:

@@ -52,7 +52,7 @@ def test_without_a_flush_the_harness_reports_losses(tmp_path: Path, flush: str) 
     assert code == 1
 
 
-def test_a_run_whose_raylet_is_killed_ends_with_a_word_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_whose_raylet_is_killed_ends_by_itself_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     code, found = kill(tmp_path, "--ray", "1", "--fault", "raylet")
     (trial,) = found["each"]
     assert (trial["kills"], trial["lost"], trial["same"]) == (1, 0, True), found
