@@ -69,7 +69,7 @@ def plan_of(prepared: preparing.Prepared, actors: int | None = None) -> Plan:
     config, scenario, strategy = prepared.config, prepared.scenario, prepared.strategy()
     numbers = range(1, len(scenario.stages) + 1)
     stages = [list(visits(config, scenario, stage, strategy.pooled)) for stage in numbers]
-    steps = [sum(_steps(config, scenario, visit, strategy.pooled) for visit in stage) for stage in stages]
+    steps = [sum(_steps(config, scenario, visit, strategy) for visit in stage) for stage in stages]
     parts = [part.shard for part in cut(scenario, config.evaluate.split, config.evaluate.shard)]
     tests = sum(shard.stop - shard.start for shard in parts)
     return Plan(
@@ -85,11 +85,12 @@ def plan_of(prepared: preparing.Prepared, actors: int | None = None) -> Plan:
     )
 
 
-def _steps(config: RunConfig, scenario: Scenario, visit: Visit, pooled: bool) -> int:
+def _steps(config: RunConfig, scenario: Scenario, visit: Visit, strategy: Strategy) -> int:
     """A client-round's optimiser steps; a pooled method's draws are taken to be equal."""
-    when = (0, 0) if pooled else (visit.stage, visit.round)
+    when = (0, 0) if strategy.pooled else (visit.stage, visit.round)
     samples = scenario.share_size(visit.tasks, visit.client, *when)
-    samples = share_size(samples, 0, len(scenario.stages)) if pooled else samples
+    samples = share_size(samples, 0, len(scenario.stages)) if strategy.pooled else samples
+    samples += strategy.rehearsed(visit.stage, samples)
     return math.ceil(samples / config.train.batch_size) * config.train.local_epochs
 
 

@@ -214,6 +214,10 @@ class Strategy(FlowerStrategy):
         """How many float32 numbers a client sends, and gets, beside the adapter in this round: the plan asks."""
         return 0, 0
 
+    def rehearsed(self, stage: int, samples: int) -> int:
+        """How many earlier examples a client trains beside so many of this stage, at most: the plan asks."""
+        return 0
+
     def rank_after(self, stage: int) -> int:
         """Rank of an adapter of `knowledge` once this stage has ended (0: before the first one): the plan asks."""
         return self.adapter_rank

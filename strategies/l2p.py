@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class L2PConfig(MergeConfig):
     """Options of L2P; `lora.rank` and `lora.targets` say nothing here."""
 
+    in_factors: ClassVar[bool] = True  # there are none, whose product could be merged
+
     name: str = "l2p"
     prompts: int = 10  # in the pool
     length: int = 5  # tokens of a prompt

@@ -43,6 +43,8 @@ PAST = "past"
 class ModalPromptConfig(DiscoConfig):
     """Options of ModalPrompt. Tasks are told, so `tau`, `epsilon`, `activation` and `min_open` decide nothing."""
 
+    in_factors: ClassVar[bool] = True  # there are none, whose product could be merged
+
     name: str = "modalprompt"
     token: str = "both"  # text | image | both: what of an input its prompts are chosen by
     length: int = 10  # tokens of a task's group

@@ -64,6 +64,10 @@ class Replay(Finetune):
     config_type: ClassVar[type[StrategyConfig]] = ReplayConfig
     selector: ClassVar[type[Selector]] = Reservoir
 
+    def rehearsed(self, stage: int, samples: int) -> int:
+        """Of a client that was given enough of them."""
+        return min(self.options.budget, round(self.options.ratio * samples)) if stage > 1 else 0
+
 
 def reservoir(rows: Iterable[Row], budget: int, seed: int) -> list[Row]:
     """The `budget` distinct rows with the smallest keys, sorted; all of them where they are no more.

@@ -184,6 +184,10 @@ def test_the_bank_answers_with_each_rows_own_prompts(base: BaseModel) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"merge": "product"},
+            "strategy.merge: must be mean | median | trimmed | multikrum | geomedian, got 'product'",
+        ),
         ({"prompts": 0}, "strategy.prompts: must be at least 1, got 0"),
         ({"top": 11}, "strategy.top: must be between 1 and strategy.prompts (10), got 11"),
         ({"strength": -1.0}, "strategy.strength: must be a finite number of at least 0, got -1.0"),

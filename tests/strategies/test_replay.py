@@ -9,6 +9,7 @@ from flwr.proto.recorddict_pb2 import RecordDict
 
 from fedstrata.core.errors import BadInput
 from fedstrata.server import checkpoint
+from fedstrata.server.runfolder import RunFolder
 from fedstrata.strategies.base import Offer, Row
 from fedstrata.strategies.replay import Replay, ReplayConfig, Reservoir, reservoir
 
@@ -100,3 +101,11 @@ def remembered(run: Any) -> set[str]:
             assert len(value) <= 100
             names.add(name)
     return names
+
+
+def test_the_plan_counts_what_is_rehearsed(short: Any) -> None:
+    """At most: a client that sits a stage out has less to rehearse."""
+    told = {name: RunFolder(short(name).folder).events() for name in ("finetune", "replay")}
+    planned = {name: events[0]["plan"]["steps"] for name, events in told.items()}
+    made = sum(row["steps"] for event in told["replay"] if event["event"] == "round" for row in event["participants"])
+    assert planned["finetune"] < made <= planned["replay"]
