@@ -66,9 +66,12 @@ def _before(federation: Federation, config: RunConfig) -> float | None:
 
 
 def _elsewhere(config: RunConfig, column: str) -> RunConfig:
-    """The same run on the column's scenario, whose paths are its own."""
-    scenario = replace(config.scenario, name=getattr(config.evaluate, column), root="", beta=None)
-    return replace(config, scenario=scenario)
+    """The same run on the column's scenario, whose paths are its own, and who holds what there as its file suggests."""
+    name = getattr(config.evaluate, column)
+    clients = scenarios.defaults(name).get("federation", {}).get("clients", config.federation.clients)
+    federation = replace(config.federation, clients=clients, clients_per_round=1, min_replies=1)
+    scenario = replace(config.scenario, name=name, root="", beta=None)
+    return replace(config, scenario=scenario, federation=federation)
 
 
 def _foreign(scenario: Scenario, own: Scenario) -> list[int]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.pretraining import pretraining_task
-from fedstrata.server import configure, launch
+from fedstrata.server import beyond, configure, launch
 
 Summary = dict[str, Any]
 ELSEWHERE = """
@@ -60,6 +60,12 @@ def test_a_method_that_routes_by_task_identity_has_no_value(run: Callable[..., S
     told = run(f"evaluate.unseen={tmp_path / 'elsewhere.yaml'}", "strategy.name=oracle")
     assert (told["unseen"], "pretrained" in told) == (None, False)
     assert told["unseen_before"] > 50
+
+
+@pytest.mark.parametrize("clients", [4, 20])
+def test_the_packaged_scenarios_fit_a_run_of_any_size(clients: int) -> None:
+    both = ["evaluate.pretrained=fcit-mini-pretraining", "evaluate.unseen=fcit-mini-unseen"]
+    beyond.check(configure.resolve("fcit-mini-short", [*both, f"federation.clients={clients}"]))
 
 
 def test_a_scenario_without_another_task_is_refused_before_the_run(run: Callable[..., Summary], tmp_path: Path) -> None:
