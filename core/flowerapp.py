@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 SERVER_APP, CLIENT_APP = "fedstrata.server.app:app", "fedstrata.client.shim:app"
-CONFIG = {"recipe": '""', "overrides": '""', "resume": "false"}  # run config that may be set, and its defaults, as TOML
+# the run config that may be set, and its defaults, as TOML
+CONFIG = {"recipe": '""', "overrides": '""', "resume": "false", "rehearse": "false"}
 
 
 def text() -> str:

@@ -13,6 +13,7 @@ from fedstrata.core import signing
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput, FedstrataError
 from fedstrata.server import configure, launch
+from fedstrata.server.rehearsal import rehearse
 from fedstrata.server.runfolder import CONFIG
 from fedstrata.server.signed import SignedGrid
 
@@ -26,10 +27,14 @@ def main(grid: Grid, context: Context) -> None:
     """Run config: `recipe` and `overrides` (key=value words, quoted as in a shell), as for `fedstrata run`; `resume`.
 
     resume: goes on with the run that `run.dir` holds, if it holds one: Flower cannot restart a run, we can.
+    rehearse: one dry round with every client (`fedstrata deploy check --round`).
     """
     config = _config(str(context.run_config.get("recipe", "")), str(context.run_config.get("overrides", "")))
     _await_nodes(grid, config.federation.clients)
     grid = trusted(grid)
+    if context.run_config.get("rehearse", False):
+        rehearse(config, grid, Console())
+        return
     folder = Path(config.run.dir)
     if context.run_config.get("resume", False) and config.run.dir and (folder / CONFIG).is_file():
         launch.resume(folder, Console(), grid)

@@ -7,16 +7,20 @@ import http.client
 import ssl
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from cryptography import x509
+from rich.console import Console
 
+from fedstrata import scenarios
 from fedstrata.core.errors import FedstrataError
-from fedstrata.server.deployflower import Place
+from fedstrata.server import configure, deploynodes, deployrun
+from fedstrata.server.deployflower import Flower, Place
+from fedstrata.server.runfolder import EVENTS, read_events
 
 CLOCK = 30.0  # seconds that two hosts may differ; Flower refuses a node at 300
 SOON = 30  # days before the end of a certificate
@@ -122,9 +126,32 @@ def _closed(place: Place) -> str:
     return "refused from here, as it must be"
 
 
-def _data(folder: Path) -> str:
-    from fedstrata import scenarios
-    from fedstrata.server.configure import resolve
+def dry_round(flower: Flower, recipe: str, words: Sequence[str], folder: Path, console: Console) -> Iterator[Finding]:
+    """One round with every client; folder: a new one that server and this host see.
 
-    scenario = scenarios.of(resolve(str(folder / "scenario.yaml"), []))
+    Raises:
+        BadInput: words that no run takes. FedstrataError: another run is going on.
+    """
+    clients = configure.resolve(recipe, words).federation.clients
+    deployrun.reach(flower, console)
+    deploynodes.register(flower)
+    if run := deployrun.running(flower):
+        raise FedstrataError(f"Flower run {run} is going on; a dry round would wait for it")
+    run = deployrun.submit(flower, recipe, [*words, f"run.dir={folder}"], "rehearse")
+    status, details = deployrun.watch(flower, run, lambda: None)
+    events = read_events(folder / EVENTS)
+    rows = {row["client"]: row for event in events if event["event"] == "round" for row in event["participants"]}
+    refused = {event["client"]: event["reason"] for event in events if event["event"] == "rejected"}
+    for client in range(clients):
+        if row := rows.get(client):
+            yield Finding(True, f"client-{client}", f"trained on {row['samples']} instructions, loss {row['loss']:.3f}")
+        else:
+            why = refused.get(client, "not connected, or without enough data for the first stage")
+            yield Finding(False, f"client-{client}", why)
+    if status != "finished:completed":
+        yield Finding(False, "dry round", f"Flower run {run} {status} {details}".rstrip())
+
+
+def _data(folder: Path) -> str:
+    scenario = scenarios.of(configure.resolve(str(folder / "scenario.yaml"), []))
     return f"{folder}: {len(scenario.tasks)} tasks readable"

@@ -64,11 +64,22 @@ def status(
 
 
 @deploy.command()
-def check(insecure: Insecure = False) -> None:
-    """Ports, clocks, certificates, keys and data, on a client's host or the server's."""
-    from fedstrata.server import deploycheck, deployflower
+def check(
+    words: Annotated[list[str] | None, typer.Argument(help="With --round: as for `deploy run`.")] = None,
+    round_: Annotated[
+        Path | None, typer.Option("--round", help="Also a dry round with every client, in this new folder.")
+    ] = None,
+    insecure: Insecure = False,
+) -> None:
+    """Ports, clocks, certificates, keys and data, on a client's host or the server's; and a dry round."""
+    from fedstrata.server import configure, deploycheck, deployflower
 
-    found = list(deploycheck.findings(deployflower.place_of(os.environ, insecure), os.environ))
+    place = deployflower.place_of(os.environ, insecure)
+    found = list(deploycheck.findings(place, os.environ))
+    if round_ is not None:
+        recipe, overrides = configure.split_recipe(words or [])
+        flower = deployflower.Flower(place)
+        found += deploycheck.dry_round(flower, recipe, overrides, round_.resolve(), console)
     for each in found:
         label = "[green]ok [/green]" if each.good else "[bold red]BAD[/bold red]"
         console.print(f"{label} {escape(each.what)}: {escape(each.why)}", highlight=False, soft_wrap=True)

@@ -42,7 +42,7 @@ def supervise(place: Place, recipe: str, words: Sequence[str], attempts: int, co
     for name in deploynodes.register(flower):
         console.print(f"{name}: registered", highlight=False)
     for attempt in range(1, attempts + 1):
-        run = _running(flower) or _submit(flower, recipe, words)
+        run = running(flower) or submit(flower, recipe, words, "resume")
         console.print(f"attempt {attempt} of {attempts}: Flower run {run}", highlight=False)
         status, details = watch(flower, run, Teller(folder, console))
         if status == "finished:completed" and _completed(folder):
@@ -80,14 +80,15 @@ def reach(flower: Flower, console: Console, wait: float = REACH) -> None:
         time.sleep(POLL)
 
 
-def _running(flower: Flower) -> str:
+def running(flower: Flower) -> str:
     """A run that an earlier supervisor left running is watched, not started again."""
     return next((str(run["run-id"]) for run in flower.runs() if run["status"] in LIVE), "")
 
 
-def _submit(flower: Flower, recipe: str, words: Sequence[str]) -> str:
+def submit(flower: Flower, recipe: str, words: Sequence[str], how: str) -> str:
+    """Starts a Flower run; returns its id. how: resume, or rehearse."""
     app = flowerapp.write(flower.place.home / "app")
-    settings = {"recipe": json.dumps(recipe), "overrides": json.dumps(shlex.join(words)), "resume": "true"}
+    settings = {"recipe": json.dumps(recipe), "overrides": json.dumps(shlex.join(words)), how: "true"}
     return flower.submit(app, settings)
 
 

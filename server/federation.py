@@ -80,6 +80,12 @@ class Federation:
             self._score(stage)
         return self.progress
 
+    def rehearse(self) -> None:
+        """The first round, without what comes before and after it."""
+        self.strategy.begin_stage(1)
+        self.chronicle.stage(1)
+        self._round(1, 1)
+
     def _round(self, stage: int, round_: int) -> None:
         """query.identify → gate → match, then train → gate → aggregate → commit."""
         began, ledger = time.perf_counter(), Ledger()

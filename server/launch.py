@@ -117,7 +117,7 @@ def _hello(config: RunConfig, folder: Path, console: Console) -> None:
 
 def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None = None) -> Path:
     """The federation from its start, or on from a commit, to a finished folder. start: None for a new run."""
-    federation = _federation(prepared, folder, console, start)
+    federation = federation_of(prepared, folder, console, start)
     config, progress = prepared.config, federation.progress
     all_rounds = config.federation.rounds_per_stage * len(prepared.scenario.stages)
     status, began = "failed", time.perf_counter() - progress.wall_seconds
@@ -146,7 +146,8 @@ def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None
     return folder
 
 
-def _federation(prepared: Prepared, folder: Path, console: Console, start: Found | None) -> Federation:
+def federation_of(prepared: Prepared, folder: Path, console: Console, start: Found | None) -> Federation:
+    """A federation at its start, or where a commit stands."""
     config, scenario, strategy = prepared.config, prepared.scenario, prepared.strategy()
     tasks = tuple(task.name for task in scenario.tasks)
     metrics = tuple(task.metric for task in scenario.tasks)

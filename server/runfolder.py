@@ -60,19 +60,23 @@ class RunFolder:
 
         Where a resumed run went back, what was told of rounds that it then ran again is left out too.
         """
-        path = self.path / EVENTS
-        if not path.is_file():
-            return []
-        *lines, _torn = _bytes(path).split(b"\n")  # bytes: a line may be torn inside a character
-        events: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            event = _event(line)
-            if event is None:
-                raise BadInput(f"{path}: line {number} is not an event (a JSON object with an 'event' name)")
-            if event["event"] == "resumed":
-                events = [before for before in events if not _again(before, event)]
-            events.append(event)
-        return events
+        return read_events(self.path / EVENTS)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a file as `RunFolder.events` gives them; empty when there is no file."""
+    if not path.is_file():
+        return []
+    *lines, _torn = _bytes(path).split(b"\n")  # bytes: a line may be torn inside a character
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        event = _event(line)
+        if event is None:
+            raise BadInput(f"{path}: line {number} is not an event (a JSON object with an 'event' name)")
+        if event["event"] == "resumed":
+            events = [before for before in events if not _again(before, event)]
+        events.append(event)
+    return events
 
 
 def read_json(path: Path) -> Any:

@@ -2,17 +2,20 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message
 from rich.console import Console
 
-from fedstrata.core import flowerapp
+from fedstrata.core import flowerapp, records
 from fedstrata.core.errors import BadInput, FedstrataError
-from fedstrata.server import deployflower, deploykeys, deploynodes, deployrun
+from fedstrata.server import configure, deployflower, deploykeys, deploynodes, deployrun, preparing
+from fedstrata.server.deploycheck import dry_round
 from fedstrata.server.deployflower import Flower, Place
+from fedstrata.server.rehearsal import rehearse
 
 WORDS = ["strategy.name=finetune"]
 
@@ -200,3 +203,44 @@ def test_the_submitted_app_names_the_repositorys_own_components() -> None:
     ours = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     theirs = tomllib.loads(flowerapp.text())["tool"]["flwr"]["app"]
     assert (theirs["components"], theirs["config"]) == (ours["components"], ours["config"])
+
+
+def test_a_dry_round_trains_with_every_client_and_says_who_did_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+) -> None:
+    words = ["federation.grid=inprocess", "train.local_epochs=1", "strategy.name=finetune", "evaluate.shard=50"]
+    answers = script(monkeypatch, tmp_path / "unused", "finished:completed")
+    dry = tmp_path / "dry"
+
+    def start(asked: list[str]) -> dict[str, Any]:
+        """What the ServerApp does with rehearse=true; client 2 is silent."""
+        assert "rehearse=true" in asked
+        config = configure.resolve("fcit-mini-short", [*words, f"run.dir={dry}"])
+        grid = preparing.open_grid(config)
+        send = grid.send_and_receive
+
+        def lossy(messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+            sent = [message for message in messages if message.metadata.message_type != "train" or lost(message)]
+            return list(send(sent, timeout=timeout))
+
+        def lost(message: Message) -> bool:
+            return records.binding(message).partition != 2
+
+        monkeypatch.setattr(grid, "send_and_receive", lossy)
+        try:
+            rehearse(config, grid, Console(quiet=True))
+        finally:
+            grid.close()
+        return Script._run(answers, asked)
+
+    monkeypatch.setattr(answers, "_run", start)
+    flower = Flower(place)
+    found = {each.what: each for each in dry_round(flower, "fcit-mini-short", words, dry, Console(quiet=True))}
+    assert {name: each.good for name, each in found.items()} == {
+        "client-0": True,
+        "client-1": True,
+        "client-2": False,
+        "client-3": True,
+    }
+    assert "instructions, loss" in found["client-0"].why
+    assert not (dry / "config.yaml").exists()  # no run's folder: nothing that could be resumed
