@@ -50,7 +50,7 @@ def rounds(folder: Path, words: Sequence[str], recipe: str = "") -> Iterator[Rou
     config = configure.resolve(recipe, [*words, f"run.dir={folder}"])
     prepared = prepare(config)
     try:
-        federation = launch._federation(prepared, folder, Console(file=io.StringIO()), None)
+        federation = launch.federation_of(prepared, folder, Console(file=io.StringIO()), None)
         with closing(federation.chronicle.tracker):
             yield Rounds(federation)
     finally:
