@@ -1,0 +1,128 @@
+"""A deployment as plain processes: SuperLink with TLS, node keys and a database, and three `fedstrata deploy node`."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedstrata.core.errors import BadInput
+from fedstrata.server import configure, deploykeys, launch, splitting
+from fedstrata.server.node import Node, free_port
+from fedstrata.server.runfolder import RunFolder
+from tests.deploy.processes import Deployment
+
+SMALL = ["train.local_epochs=1", "lora.targets=[q_proj, v_proj]", "strategy.name=finetune"]
+SMALL += ["evaluate.shard=200", "federation.cohort_size=1"]
+SCENARIO = """
+tasks:
+  names: {generate: fcit-mini/names, train: 60, val: 0, test: 15}
+stages: [[names]]
+defaults:
+  federation: {clients: 3, clients_per_round: 2, rounds_per_stage: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """The server's two processes, and data for three clients."""
+    root = tmp_path_factory.mktemp("d")
+    (root / "small.yaml").write_text(SCENARIO, encoding="utf-8")
+    splitting.split(splitting.resolve(str(root / "small.yaml"), [], 3), root / "split")
+    made = Deployment(root, root / "split", 3)
+    made.serve()
+    yield made
+    made.close()
+
+
+def told(folder: Path) -> list[Mapping[str, Any]]:
+    path = folder / "events.jsonl"
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_real_clients_come_to_the_simulations_bits_although_a_trainer_is_killed_over_its_message(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    for client in range(3):
+        deployment.node(client)
+    deployment.until(lambda: all(all([*deployment.pids(c).values(), deployment.pids(c)]) for c in range(3)))
+    folder = deployment.root / "run"
+    deployment.submit(folder, SMALL)
+
+    words = [*SMALL, "federation.grid=inprocess", f"run.dir={tmp_path / 'sim'}"]
+    launch.run(configure.resolve(str(deployment.root / "small.yaml"), words), Console(quiet=True))
+    simulated = RunFolder(tmp_path / "sim").summary
+
+    deployment.until(lambda: [event for event in told(folder) if event["event"] == "stage_scored"], 240)
+    trainers = {client: deployment.pids(client)["trainer"] for client in range(3)}
+    for pid in trainers.values():
+        os.kill(pid or 0, signal.SIGSTOP)  # whoever is asked to train now has its message in hand and waits
+    asked = deployment.until(lambda: [c for c in range(3) if "Receiving: train message" in heard(deployment, c)])
+    os.kill(trainers[asked[0]] or 0, signal.SIGKILL)
+    for client in set(trainers) - {asked[0]}:
+        os.kill(trainers[client] or 0, signal.SIGCONT)
+    deployment.until(lambda: (folder / "summary.json").exists(), 300)
+
+    found = RunFolder(folder).summary
+    assert found["status"] == "completed", deployment.logs()
+    for key in ("final_state_sha256", "last", "bytes_up", "bytes_down"):
+        assert found[key] == simulated[key], key
+    assert found["rejected"] == {}
+    assert found["skipped_rounds"] == 0
+    assert deployment.pids(asked[0])["trainer"] != trainers[asked[0]]
+    assert "trainer ended (signal 9); it is started again" in (deployment.root / f"node{asked[0]}.log").read_text()
+
+
+def heard(deployment: Deployment, client: int) -> str:
+    return (deployment.root / f"n{client}" / "logs" / "flower-supernode.log").read_text()
+
+
+def test_a_node_whose_key_the_server_does_not_know_is_told_so(deployment: Deployment) -> None:
+    deploykeys.make(deployment.root / "foreign", 1)
+    stranger = deployment.root / "foreign" / "client-0"
+    (stranger / "ca.crt").write_bytes((deployment.keys / "client-0" / "ca.crt").read_bytes())
+    home = {"FEDSTRATA_HOME": str(deployment.root / "n9"), "FEDSTRATA_PARTITION": "2"}
+    deployment.node(9, FEDSTRATA_DATA=str(deployment.split / "client-2"), FEDSTRATA_CERTS=str(stranger), **home)
+    log = deployment.root / "node9.log"
+    deployment.until(lambda: "the server refuses this node: it does not know its key" in log.read_text(), 90)
+    deployment.started["node9"].terminate()
+
+
+def node(deployment: Deployment, tmp_path: Path, certs: Path | None, superlink: str = "") -> Node:
+    there = superlink or f"127.0.0.1:{deployment.port}"
+    return Node(deployment.split / "client-0", tmp_path / "home", there, certs, 0)
+
+
+def test_what_is_not_to_be_trusted_is_refused_before_anything_starts(deployment: Deployment, tmp_path: Path) -> None:
+    own = deployment.keys / "client-0"
+    assert node(deployment, tmp_path, own).reach()
+    assert not node(deployment, tmp_path, own, f"127.0.0.1:{free_port()}").reach()  # not there yet: it waits
+    deploykeys.make(tmp_path / "other", 1)
+    other = tmp_path / "other" / "client-0"
+    with pytest.raises(BadInput, match=r"ca.crt: the certificate of 127.0.0.1:\d+ is not one that it vouches for"):
+        node(deployment, tmp_path, other).reach()
+    (other / "node.key").chmod(0o644)
+    with pytest.raises(BadInput, match=r"node.key: must be readable by its owner alone \(chmod 600\)"):
+        node(deployment, tmp_path, other).check()
+    (other / "node.key").unlink()
+    with pytest.raises(BadInput, match="must be a folder with ca.crt and node.key, got 'no .*node.key'"):
+        node(deployment, tmp_path, other).check()
+    with pytest.raises(BadInput, match="--insecure: must be used with a SuperLink on this machine alone"):
+        node(deployment, tmp_path, None, "192.0.2.1:8000").check()
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_server_without_tls_is_refused(deployment: Deployment, tmp_path: Path) -> None:
+    import http.server
+    import threading
+
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as plain:
+        threading.Thread(target=plain.serve_forever, daemon=True).start()
+        where = f"127.0.0.1:{plain.server_port}"
+        with pytest.raises(BadInput, match=f"FEDSTRATA_SUPERLINK: {where} does not speak TLS"):
+            node(deployment, tmp_path, deployment.keys / "client-0", where).reach()
+        plain.shutdown()
