@@ -17,6 +17,8 @@ from fedstrata.scenarios.stream import Scenario
 from fedstrata.server.checks import Refused
 from fedstrata.server.exchange import PAUSE, describe, describe_all
 
+MOST = 600.0  # seconds that a node may take to describe itself: its base is loaded for the first time then
+
 
 @dataclass(frozen=True)
 class Change:
@@ -31,7 +33,7 @@ class Roster(Mapping[int, int]):
     """partition → node of the clients that are there."""
 
     def __init__(self, grid: Grid, scenario: Scenario, config: str, run: str, timeout: float) -> None:
-        """config: as it travels; run: its lineage; timeout: seconds for a node to describe itself.
+        """config: as it travels; run: its lineage; timeout: seconds to wait for anybody.
 
         Raises:
             FedstrataError: nobody is there, or none of them can take part; says why.
@@ -90,7 +92,7 @@ class Roster(Mapping[int, int]):
     def _ask(self, nodes: list[int]) -> tuple[tuple[int, str], ...]:
         """Takes in those that describe themselves well; of the others, why not. Who failed is asked again next time."""
         refused = []
-        for node, said in describe_all(self._grid, nodes, self._config, self._run, self._timeout):
+        for node, said in describe_all(self._grid, nodes, self._config, self._run, min(self._timeout, MOST)):
             try:
                 self._take(node, said)
             except (ValueError, TypeError, KeyError) as error:
