@@ -150,13 +150,17 @@ def sweep(
     def tell(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    states = sweeping.Sweep(states, dir_, results, jobs, tell).run()
-    compared = sweeppage.comparison(states, baseline)
-    console.print(compared.table())
-    sweeppage.write_page(html or dir_ / "sweep.html", states, compared)
-    if markdown:
-        markdown.write_text(compared.markdown(), encoding="utf-8")
-    write_json(json_, sweeppage.summary(states, compared))
+    running = sweeping.Sweep(states, dir_, results, jobs, tell)
+    try:
+        running.run()
+    finally:  # a sweep that was stopped shows what it has
+        states = list(running.states.values())
+        compared = sweeppage.comparison(states, baseline)
+        console.print(compared.table())
+        sweeppage.write_page(html or dir_ / "sweep.html", states, compared)
+        if markdown:
+            markdown.write_text(compared.markdown(), encoding="utf-8")
+        write_json(json_, sweeppage.summary(states, compared))
     tell(f"run folders: {dir_}   page: {html or dir_ / 'sweep.html'}")
     sweeping.check(states)
 

@@ -86,7 +86,7 @@ class Sweep:
         self.stopped = threading.Event()
 
     def run(self) -> list[State]:
-        """Where the cells stand at the end.
+        """Where the cells stand at the end; `states` tells it at any time.
 
         Raises:
             Interrupted: Ctrl-C; the runs at work have committed, and the same command goes on.

@@ -338,6 +338,20 @@ def sweep_cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return 0
 
 
+@pytest.mark.usefixtures("sigterm")
+def test_a_sweep_that_was_stopped_shows_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Sweep) -> None:
+        self.folder.mkdir()
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(Sweep, "run", stopped)
+    folder, table = tmp_path / "cells", tmp_path / "table.md"
+    words = (SMALL[0], "strategy.name=disco", "--dir", str(folder), "--markdown", str(table))
+    assert sweep_cli(monkeypatch, *words) == 75
+    assert "| disco | 0 | not run |" in table.read_text(encoding="utf-8")
+    assert (folder / "sweep.html").is_file()
+
+
 def hash_of(folder: Path) -> str:
     return str(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["final_state_sha256"])
 
