@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedstrata.core import records
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
-from fedstrata.server import raygrid, raystart
+from fedstrata.server import cli, raygrid, raystart
 from fedstrata.server.arrivals import ArrivingRayGrid
 from fedstrata.server.grids import FIRST_NODE
 from fedstrata.server.placement import Wanted
@@ -110,6 +111,18 @@ def test_a_dead_raylet_interrupts_the_run_with_the_reason(
             list(grid.send_and_receive([message(tmp_path, 0, "hello")]))
     assert not list(tmp_path.iterdir())
     assert raystart.death() == ""
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_where_a_dead_ray_was_left_behind_the_process_ends_at_once(monkeypatch: pytest.MonkeyPatch, left: bool) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(raystart, "ABANDONED", threading.Event())
+    if left:
+        raystart.ABANDONED.set()
+    with pytest.raises(SystemExit, match="^75$"):  # reached since this `_exit` comes back
+        cli._end(75)
+    assert ended == ([75] if left else [])
 
 
 def test_after_bad_input_the_other_actors_work_is_not_taken_for_the_next_exchanges(
