@@ -1,12 +1,15 @@
 """What a client message costs: our Ray grid against stock Flower simulation, with the same ClientApp."""
 
+import mmap
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from fedstrata.benchmarks.grid_side import COHORT, NAME
-from fedstrata.benchmarks.measure import Cost, Result, raw
+from fedstrata.benchmarks.measure import Cost, Result, cost, raw
 from fedstrata.benchmarks.trees import Side, side
 
 FLAT, NAMED = 1, 448  # arrays of an update: as we ship it, and as PEFT names them
@@ -35,6 +38,7 @@ def bench(quick: bool = False) -> Result:
                         spent, sent = sides[which].cost(f"{case} {TIMES[which]}"), clients * TIMES[which]
                         each = Cost(spent.cpu / sent, spent.wall / sent)
                         round_[f"{which}, {label(size, arrays)}"] = each
+        where = [shares(sides["ours"], size, clients) for size in sizes]
     pairs = [(size, ours, stock) for size in sizes for ours, stock in ((FLAT, FLAT), (NAMED, NAMED), (FLAT, NAMED))]
     return Result(
         name="grid",
@@ -47,9 +51,35 @@ def bench(quick: bool = False) -> Result:
         notes=(
             *(f"wall: {versus(*pair)}: {ratio(rounds, *pair, 'wall'):.1f} x" for pair in pairs),
             f"CPU: server, Ray's processes and actors together; ours goes in cohorts of {COHORT}.",
+            *where,
             "The ClientApp hands out updates made beforehand; the server lets go of each reply when it has it.",
         ),
     )
+
+
+def shares(ours: Side, size: float, clients: int) -> str:
+    """Where our time goes, and what nobody can do without: one copy of an update into shared memory."""
+    times = 5 * TIMES["ours"]
+    spent = ours.shares(f"{size:g}:{FLAT} {times}")
+    found = ", ".join(f"{kind} {1000 * seconds / times / clients:.2f}" for kind, seconds in spent.items())
+    return f"ours, {label(size, FLAT)}, CPU ms: {found}; one copy into shared memory is {1000 * copy(size):.2f} of them"
+
+
+def copy(size: float) -> float:
+    """CPU seconds of copying an update into shared memory that is mapped already, from memory that is not in a cache.
+
+    The last exchange's updates are 16 to an actor, so the next one to be sent never is in one.
+    """
+    length = int(size * 1_000_000)
+    shared = np.frombuffer(mmap.mmap(-1, COHORT * length), dtype=np.uint8)  # anonymous, shared
+    source = np.ones_like(shared)
+
+    def all_of_them() -> None:
+        for begin in range(0, len(shared), length):
+            shared[begin : begin + length] = source[begin : begin + length]
+
+    all_of_them()
+    return median(cost(all_of_them).cpu for _ in range(5)) / COHORT
 
 
 def label(size: float, arrays: int) -> str:

@@ -32,6 +32,12 @@ class Side:
         wall = float(self.ask(line))
         return Cost(tree_seconds(self._process.pid) - before, wall)
 
+    def shares(self, line: str) -> dict[str, float]:
+        """CPU seconds of its own process, Ray's raylet and all actors."""
+        before = _shares(self._process.pid)
+        self.ask(line)
+        return {kind: spent - before[kind] for kind, spent in _shares(self._process.pid).items()}
+
     def peak(self) -> float:
         """MB: the peaks of resident memory of its own process and of all Ray actors below it, added up."""
         return peak_memory(self._process.pid)
@@ -59,6 +65,16 @@ def side(module: str, words: list[str], log: Path) -> Iterator[Side]:
 def tree_seconds(root: int) -> float:
     """CPU seconds so far of a process and its live descendants, threads that have ended included (Linux; in ticks)."""
     return sum(_ticks(Path(f"/proc/{pid}/stat")) for pid in tree(root)) / os.sysconf("SC_CLK_TCK")
+
+
+def _shares(root: int) -> dict[str, float]:
+    found = dict.fromkeys(("server", "raylet", "actors"), 0.0)
+    for pid in tree(root):
+        name = _read(Path(f"/proc/{pid}/cmdline"))
+        kind = "server" if pid == root else "actors" if name.startswith("ray::Worker") else "raylet"
+        if kind != "raylet" or name.partition("\0")[0].endswith("/raylet"):
+            found[kind] += _ticks(Path(f"/proc/{pid}/stat")) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def peak_memory(root: int) -> float:
