@@ -9,7 +9,6 @@ import copy
 import json
 from dataclasses import replace
 from statistics import fmean
-from typing import cast
 
 from fedstrata import scenarios
 from fedstrata.core.config import RunConfig
@@ -55,9 +54,14 @@ def _there(federation: Federation, config: RunConfig) -> Federation:
 
 
 def _before(federation: Federation, config: RunConfig) -> float | None:
-    """Of an adapter that nobody has trained, which is the base. Kept: the cells of a sweep share it."""
+    """Of an adapter that nobody has trained, which is the base. Kept: the cells of a sweep share it.
+
+    None where a method trains prompts, which are not nothing before they are trained.
+    """
+    if not isinstance(config.strategy, FinetuneConfig):
+        return None
     there = _there(federation, config)
-    there.strategy = Finetune(cast(FinetuneConfig, config.strategy), federation.strategy.setup)
+    there.strategy = Finetune(config.strategy, federation.strategy.setup)
     model, train = vars(config.model), (config.train.max_length, config.train.overlong)
     key = repr((federation.bound["base"], model, train, there.scenario.hash, sorted(_names(federation.scenario))))
     if key not in _BASE:
