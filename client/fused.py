@@ -154,7 +154,8 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         (first, second), (low, high) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-        out = x * cos
+        out = x.new_empty(x.shape, dtype=torch.result_type(x, cos))  # head by head, as attention multiplies
+        torch.mul(x, cos, out=out)
         left, right = out.chunk(2, dim=-1)
         left.addcmul_(second, low, value=-1)
         right.addcmul_(first, high)
@@ -164,7 +165,9 @@ class _Turn(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         (first, second), (low, high) = gradient.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-        out = gradient * cos
+        rows, heads, length, width = gradient.shape
+        out = gradient.new_empty(rows, length, heads, width).transpose(1, 2)  # as the layers before it want it
+        torch.mul(gradient, cos, out=out)
         left, right = out.chunk(2, dim=-1)
         left.addcmul_(second, high)
         right.addcmul_(first, low, value=-1)
