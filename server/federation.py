@@ -261,4 +261,4 @@ class Federation:
     def write_matrix(self) -> None:
         """matrix.json as of the last commit."""
         matrix = json.dumps(self.progress.matrix.to_json(), indent=1).encode()
-        durable.write_atomic(self.folder / "matrix.json", matrix)
+        durable.write_atomic(self.folder / "matrix.json", matrix, flush=False)  # the commit has it, too
