@@ -5,6 +5,7 @@ Flower carries to the nodes is the same bytes for every run of a version, and a 
 """
 
 import hashlib
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,3 +37,9 @@ def bundle_hash(folder: Path) -> str:
     from flwr.cli.build import build_fab_from_disk
 
     return hashlib.sha256(build_fab_from_disk(folder)).hexdigest()
+
+
+def own_hash() -> str:
+    """`bundle_hash` of this version's app: the only one that its nodes serve."""
+    with tempfile.TemporaryDirectory() as folder:
+        return bundle_hash(write(Path(folder)))

@@ -137,7 +137,8 @@ def dry_round(flower: Flower, recipe: str, words: Sequence[str], folder: Path, c
     deploynodes.register(flower)
     if run := deployrun.running(flower):
         raise FedstrataError(f"Flower run {run} is going on; a dry round would wait for it")
-    run = deployrun.submit(flower, recipe, [*words, f"run.dir={folder}"], "rehearse")
+    asked = [*deployrun.defaults(recipe, words), *words, f"run.dir={folder}"]
+    run = deployrun.submit(flower, recipe, asked, "rehearse")
     status, details = deployrun.watch(flower, run, lambda: None)
     events = read_events(folder / EVENTS)
     rows = {row["client"]: row for event in events if event["event"] == "round" for row in event["participants"]}

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedstrata.core import flowerapp
-from fedstrata.core.config import require
+from fedstrata.core.config import FederationSection, require
 from fedstrata.core.errors import BadInput, FedstrataError
 from fedstrata.server import configure, deploynodes
 from fedstrata.server.deployflower import Flower, Place
@@ -20,6 +20,7 @@ from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder
 from fedstrata.strategies import find
 
 POLL = 5.0  # seconds between two looks; a look is a process of Flower's
+TIMEOUT = 900.0  # seconds for the replies of one exchange
 REACH = 120.0  # seconds for the SuperLink to answer at all
 LIVE = ("pending", "starting", "running")
 
@@ -32,7 +33,7 @@ def supervise(place: Place, recipe: str, words: Sequence[str], attempts: int, co
         FedstrataError: the SuperLink is not reached, or all attempts failed.
     """
     require(attempts > 0, "--attempts", "at least 1", attempts)
-    words = [*_defaults(recipe, words), *words]
+    words = [*defaults(recipe, words), *words]
     folder = Path(configure.resolve(recipe, words).run.dir)
     require(folder.is_absolute() and folder != Path("/"), "run.dir", "an absolute path on the server host", str(folder))
     if _completed(folder):
@@ -51,14 +52,19 @@ def supervise(place: Place, recipe: str, words: Sequence[str], attempts: int, co
     raise FedstrataError(f"{folder}: not completed after {attempts} attempts; its commits stand, run the same again")
 
 
-def _defaults(recipe: str, words: Sequence[str]) -> list[str]:
-    """What a deployment does unless told otherwise: clients that nobody watches are neither too loud nor too few."""
+def defaults(recipe: str, words: Sequence[str]) -> list[str]:
+    """What a deployment does unless told otherwise: clients that nobody watches are neither too loud nor too few.
+
+    And they may be gone without a word, so nobody waits an hour for them.
+    """
     config = configure.resolve(recipe, words)
     told = {word.partition("=")[0] for word in words}
     options = vars(find(config.strategy.name).config_type())
     wanted = {"strategy.token_min_samples": "50"} if "token_min_samples" in options else {}
     if not config.federation.update_noise:
         wanted["federation.clip"] = "median"
+    if config.federation.timeout == FederationSection().timeout:
+        wanted["federation.timeout"] = f"{TIMEOUT:g}"
     return [f"{key}={value}" for key, value in wanted.items() if key not in told]
 
 

@@ -1,7 +1,8 @@
 """`fedstrata deploy node`: what belongs to one client's host, kept running.
 
 The trainer with the base model, Flower's SuperNode, which alone speaks with the server, and the SuperExec that starts
-a ClientApp for every message. TLS and the node's key are demanded before anything is started.
+a ClientApp for every message, one at a time and of our own app alone. TLS and the node's key are demanded before
+anything is started.
 """
 
 import json
@@ -100,13 +101,11 @@ class Node:
         shared = {**os.environ, **FLOWER, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         bare = {key: value for key, value in shared.items() if key not in ("FEDSTRATA_DATA", "FEDSTRATA_CERTS")}
         api, known = f"127.0.0.1:{port}", ["--superexec-auth-secret-file", str(secret)]
+        executor = [sys.executable, "-m", "fedstrata.server.superexec", "--runtime-api-address", api]
         commands: Mapping[str, tuple[list[str], dict[str, str]]] = {
             "trainer": ([sys.executable, "-m", "fedstrata.client.trainer"], {**bare, **own}),
             "flower-supernode": (["flower-supernode", *self._supernode(port), *known], {**bare, **flower}),
-            "flower-superexec": (
-                ["flower-superexec", "--runtime-api-address", api, "--insecure", *known],
-                {**bare, **flower},
-            ),
+            "flower-superexec": ([*executor, "--insecure", *known], {**bare, **flower}),
         }
         return [Job(name, *commands[name], home / "logs" / f"{name}.log") for name in NAMES]
 

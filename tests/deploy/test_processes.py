@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedstrata.core import flowerapp
 from fedstrata.core.errors import BadInput
 from fedstrata.server import configure, deploykeys, launch, splitting
 from fedstrata.server.node import Node, free_port
@@ -79,6 +80,60 @@ def test_real_clients_come_to_the_simulations_bits_although_a_trainer_is_killed_
 
 def heard(deployment: Deployment, client: int) -> str:
     return (deployment.root / f"n{client}" / "logs" / "flower-supernode.log").read_text()
+
+
+FOREIGN = {
+    "foreign_server.py": """
+import json, pathlib
+from flwr.app import Message, RecordDict
+from flwr.serverapp import ServerApp
+app = ServerApp()
+@app.main()
+def main(grid, context):
+    sent = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+    told = [reply.error.reason if reply.has_error() else "served" for reply in grid.send_and_receive(sent, timeout=90)]
+    pathlib.Path({told!r}).write_text(json.dumps(told))
+""",
+    "foreign_client.py": """
+import pathlib
+pathlib.Path({loaded!r}).touch()
+from flwr.clientapp import ClientApp
+app = ClientApp()
+@app.query()
+def query(message, context):
+    return Message(RecordDict(), reply_to=message)
+""",
+}
+
+
+def test_a_foreign_app_is_refused_and_none_of_its_code_is_loaded(deployment: Deployment) -> None:
+    """Submitted by the server's own host, under our name and version: nodes serve what is installed, or nothing."""
+    if "node0" not in deployment.started:
+        deployment.node(0)
+    deployment.until(lambda: all([*deployment.pids(0).values(), deployment.pids(0)]))
+    app, told, loaded = flowerapp.write(deployment.root / "evil"), deployment.root / "told", deployment.root / "loaded"
+    own = (app / "pyproject.toml").read_text()
+    foreign = own.replace(flowerapp.SERVER_APP, "foreign_server:app").replace(
+        flowerapp.CLIENT_APP, "foreign_client:app"
+    )
+    (app / "pyproject.toml").write_text(foreign)
+    for name, text in FOREIGN.items():
+        (app / name).write_text(text.format(told=str(told), loaded=str(loaded)))
+    deployment.until(lambda: online(deployment))
+    done = deployment.flwr("run", str(app), "tls")
+    assert done.returncode == 0, done.stdout + done.stderr
+    replies = json.loads(deployment.until(lambda: told.exists() and told.read_text(), 150))
+    assert replies
+    for reply in replies:
+        assert "app: must be the bundle of fedstrata" in reply
+    assert not loaded.exists()
+    assert not list(deployment.root.glob("n0/flwr/apps/*"))  # nothing was unpacked either, not even our own
+    log = (deployment.root / "n0" / "logs" / "flower-superexec.log").read_text()
+    assert log.count("BadInput: app: must be the bundle of fedstrata") == 1
+
+
+def online(deployment: Deployment) -> bool:
+    return '"online"' in deployment.flwr("supernode", "ls", "tls", "--format", "json").stdout
 
 
 def test_a_node_whose_key_the_server_does_not_know_is_told_so(deployment: Deployment) -> None:

@@ -1,9 +1,11 @@
 """A deployment in containers, and the ways to break it."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,13 +74,15 @@ class Stack:
         return f"{self.project}_{service}"
 
     def events(self) -> list[dict[str, Any]]:
-        """What the run folder tells; a half-written last line is left out."""
-        path = "/runs/first/events.jsonl"
-        try:
-            text = self.execute("run", "cat", path)
-        except AssertionError:
-            return []  # not begun, or the container is starting again
-        return [json.loads(line) for line in text.split("\n")[:-1]]
+        """What the run folder tells, also when `run` has ended; a half-written last line is left out."""
+        path = f"{self.container('run')}:/runs/first/events.jsonl"
+        told = subprocess.run(["docker", "cp", path, "-"], capture_output=True, check=False)
+        if told.returncode:
+            return []  # not begun
+        with tarfile.open(fileobj=io.BytesIO(told.stdout)) as packed:
+            file = packed.extractfile(packed.getmembers()[0])
+            assert file is not None
+            return [json.loads(line) for line in file.read().decode().split("\n")[:-1]]
 
     def rounds(self) -> list[tuple[int, int]]:
         """The committed rounds in order, with those that were run again."""

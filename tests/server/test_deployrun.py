@@ -153,10 +153,13 @@ def test_a_run_folder_that_later_attempts_could_not_find_is_bad_input(place: Pla
         deployrun.supervise(place, "fcit-mini-short", [f"run.dir={folder}"], 3, Console(quiet=True))
 
 
-def test_a_deployment_clips_and_asks_for_fifty_instructions_unless_told_otherwise() -> None:
-    assert deployrun._defaults("", []) == ["strategy.token_min_samples=50", "federation.clip=median"]
-    assert deployrun._defaults("", ["strategy.name=finetune"]) == ["federation.clip=median"]
-    assert deployrun._defaults("", ["strategy.token_min_samples=1", "federation.clip=off"]) == []
+def test_a_deployment_clips_asks_for_fifty_instructions_and_waits_a_quarter_hour_unless_told_otherwise() -> None:
+    loud, late = "federation.clip=median", "federation.timeout=900"
+    assert deployrun.defaults("", []) == ["strategy.token_min_samples=50", loud, late]
+    assert deployrun.defaults("", ["strategy.name=finetune"]) == [loud, late]
+    assert deployrun.defaults("", ["strategy.token_min_samples=1", "federation.clip=off"]) == [late]
+    assert deployrun.defaults("", ["strategy.name=finetune", "federation.timeout=3600"]) == [loud]
+    assert deployrun.defaults("", ["strategy.name=finetune", "federation.timeout=60"]) == [loud]
 
 
 def test_words_survive_the_way_through_two_quotings(
