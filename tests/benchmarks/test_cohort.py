@@ -22,7 +22,7 @@ def test_tiny_stands_beside_every_peer_with_equal_results() -> None:
     assert list(result.ratios) == names
     assert list(result.targets.values()) == [4.0, 40.0, 40.0, 3.0][: len(names)]
     assert [set(pair) for pair in result.pairs] == [{sides.OURS, *names}]
-    assert all(apart < 1e-4 for apart in result.equal.values())
+    assert all(apart < 1e-3 for apart in result.equal.values())
     assert len(result.equal) == len(names)
     assert result.json()["ratio"] == result.ratios[sides.PEFT] > 0
     assert HAS_PFL or any("pfl is not installed" in note for note in result.notes)
