@@ -123,7 +123,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_key(word: str, key: str) ->
         ("model.image_fit=crop", "model.image_fit: must be processor or pad, got 'crop'"),
         ("lora.dropout=1", "lora.dropout: must be at least 0 and below 1, got 1.0"),
         ("lora.init=zero", "lora.init: must be uniform or normal, got 'zero'"),
-        ("strategy.projector=local", "strategy.projector: must be frozen or shared, got 'local'"),
+        ("strategy.projector=local", "strategy.projector: must be frozen or shared or per-subspace, got 'local'"),
         ("federation.clients=0", "federation.clients: must be at least 1, got 0"),
         ("federation.clients=4", "federation.clients_per_round: must be between 1 and federation.clients (4), got 5"),
         ("federation.min_replies=6", "federation.min_replies: must be between 1 and federation.clients_per_round (5)"),
