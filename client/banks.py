@@ -14,7 +14,7 @@ from fedstrata.client.mixture import Mixture
 from fedstrata.client.model import BaseModel
 from fedstrata.client.prefix import Prompted
 from fedstrata.core.adapters import STACKED
-from fedstrata.core.records import Knowledge
+from fedstrata.core.records import OWN, TAILS, Knowledge
 
 
 class Bank(Protocol):
@@ -73,7 +73,8 @@ def _build(base: BaseModel, knowledge: Knowledge, scaling: float) -> Bank:
         return Prompted.of(base, knowledge.adapters)
     if base.layout.kind != "lora":
         return Sole.of(base, knowledge, scaling, dtype)
-    return Mixture.of(knowledge.adapters, base.layout, scaling, base.device, dtype, knowledge.shared)
+    own = knowledge.options.get(TAILS) == OWN
+    return Mixture.of(knowledge.adapters, base.layout, scaling, base.device, dtype, knowledge.shared, own)
 
 
 def _digest(knowledge: Knowledge, scaling: float) -> str:

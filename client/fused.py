@@ -105,7 +105,7 @@ class _RmsNorm(torch.autograd.Function):
 def turns(source: str) -> bool:
     """Whether a module of transformers turns queries and keys by its `apply_rotary_pos_emb` as Llama does.
 
-    Tried on numbers: others of that name interleave the halves or turn a part of the numbers only.
+    Tried on numbers: others of that name interleave the halves.
     """
     theirs = getattr(sys.modules.get(source), ROTARY, None)
     if theirs is None:
@@ -123,16 +123,19 @@ def turns(source: str) -> bool:
 @contextmanager
 def _rotary(source: ModuleType) -> Iterator[None]:
     plain = getattr(source, ROTARY)
-    setattr(source, ROTARY, rotary)
+
+    def turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        whole = cos.shape[-1] == q.shape[-1] and not rest and not named  # some turn a part of each head only
+        return rotary(q, k, cos, sin) if whole else plain(q, k, cos, sin, *rest, **named)
+
+    setattr(source, ROTARY, turned)
     try:
         yield
     finally:
         setattr(source, ROTARY, plain)
 
 
-def rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys [B, heads, L, d] turned by their positions (Su et al. 2021, arXiv 2104.09864).
 
     Args:
@@ -140,9 +143,8 @@ def rotary(
         k: [B, fewer heads or as many, L, d].
         cos: [B or 1, L, d], of every number's angle.
         sin: the same.
-        unsqueeze_dim: where the heads are.
     """
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned: tuple[torch.Tensor, torch.Tensor] = (_Turn.apply(q, cos, sin), _Turn.apply(k, cos, sin))  # type: ignore[no-untyped-call]
     return turned
 

@@ -38,6 +38,7 @@ class Mixture:
     rank: int
     subspaces: int
     dense: dict[str, torch.Tensor] = field(default_factory=dict)  # parameter of the tail → its differences [1 or K, …]
+    own_tails: bool = False  # K of them, each weighed with its subspace; else one at weight 1
     _alphas: torch.Tensor = field(default_factory=lambda: torch.ones(1, 1))  # α [B, K] of those
     _weights: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 1, 0))  # γ α [B, 1, used ranks]
     _used: tuple[int, ...] = ()  # subspaces with a weight above 0
@@ -54,8 +55,9 @@ class Mixture:
         device: torch.device,
         dtype: torch.dtype,
         shared: Flat | None = None,
+        own_tails: bool = False,
     ) -> "Mixture":
-        """All subspaces at weight 1; `flats` without the tail. `shared`: one for all of them, K of them, or none."""
+        """All subspaces at weight 1; `flats` without the tail. `shared`: the tail; own_tails: K of them."""
         tails = [] if shared is None or not shared.size else np.split(shared, shared.size // layout.tail)
         dense = {
             name: torch.from_numpy(np.stack([layout.dense_views(tail)[name] for tail in tails])).to(device, dtype)
@@ -68,7 +70,7 @@ class Mixture:
             a = np.concatenate([view[name][0] for view in views], axis=0)
             b = np.concatenate([view[name][1] for view in views], axis=1)
             factors[name] = (torch.from_numpy(a).to(device, dtype), torch.from_numpy(b).to(device, dtype))
-        mixture = Mixture(factors, scaling, layout.rank(flats[0]), len(flats), dense)
+        mixture = Mixture(factors, scaling, layout.rank(flats[0]), len(flats), dense, own_tails)
         mixture.activate(torch.ones(1, len(flats)))
         return mixture
 
@@ -135,9 +137,9 @@ class Mixture:
         """out + x ΔWᵀ + Δb; where every subspace has its own, out + Σ α_i (x ΔW_iᵀ + Δb_i)."""
         weights, biases = self.dense[f"{name}.weight"], self.dense.get(f"{name}.bias")
         alphas = self._alphas.to(weights.device, weights.dtype)
-        for i in (0,) if len(weights) == 1 else self._used:
+        for i in self._used if self.own_tails else (0,):
             moved = F.linear(x.to(weights.dtype), weights[i], None if biases is None else biases[i])
-            if len(weights) > 1:
+            if self.own_tails:
                 moved = alphas[:, i, None, None] * moved
             out = out + moved.to(out.dtype)
         return out

@@ -24,6 +24,7 @@ TRAIN, EVALUATE = "train", "evaluate"
 IDENTIFY, DESCRIBE, ASK = "query.identify", "query.describe", "query.ask"
 ARRAYS, ROUTER, CONFIG, META, METRICS = "arrays", "router", "config", "meta", "metrics"
 SHARED = "shared"
+TAILS, OWN = "tails", "own"  # an option of knowledge whose adapters have a tail each
 PAYLOAD, EXTRA = "payload", "extra"  # what a method sends beside the adapter, down and up
 FLAT, TOKEN, TOKENS, COUNT = "flat", "token", "tokens", "num-examples"
 TOO_FEW = 100  # code of an error reply: fewer instructions than a token needs; Flower's own codes end at 8

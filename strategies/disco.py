@@ -164,6 +164,7 @@ class Disco(Strategy):
         parts = [self.layout.cut(subspace.adapter) for subspace in self.state.subspaces]
         options = {"epsilon": self.epsilon, "activation": self.options.activation, "tau": self.tau}
         shared = np.concatenate([tail for _, tail in parts]) if self.layout.tail and parts else self.state.shared
+        options |= {records.TAILS: records.OWN} if self.layout.tail else {}
         return Knowledge(tuple(adapter for adapter, _ in parts), self.state.tokens(), options, shared)
 
     @classmethod

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
@@ -71,12 +71,21 @@ def test_everything_is_as_before_once_it_is_closed() -> None:
     before, half = model(inputs_embeds=x).last_hidden_state, model.norm(x.bfloat16())
     with quick(model):
         assert "forward" in vars(model.norm)
-        assert modeling_llama.apply_rotary_pos_emb is rotary
+        assert modeling_llama.apply_rotary_pos_emb is not plain
         assert torch.allclose(model(inputs_embeds=x).last_hidden_state, before, atol=1e-5)
         assert torch.equal(model.norm(x.bfloat16()), half)  # its own way: no quick one for narrow numbers
     assert "forward" not in vars(model.norm)
     assert modeling_llama.apply_rotary_pos_emb is plain
     assert torch.equal(model(inputs_embeds=x).last_hidden_state, before)
+
+
+def test_a_model_that_turns_a_part_of_each_head_keeps_its_own_way() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = GPTNeoXModel(GPTNeoXConfig(vocab_size=4, **sizes)).eval().requires_grad_(False)  # a quarter of each
+    x = torch.linspace(-1, 1, 96).view(1, 3, 32)
+    before = model(inputs_embeds=x).last_hidden_state
+    with quick(model):
+        assert torch.equal(model(inputs_embeds=x).last_hidden_state, before)
 
 
 PAGES = """

@@ -242,7 +242,7 @@ def test_answers_use_the_shared_tail_under_every_weight(base: BaseModel) -> None
 def test_projectors_per_subspace_are_weighed_row_by_row(base: BaseModel) -> None:
     """Each of its layers is W + Σ α_i ΔW_i with the row's own α."""
     lows, tails = zip(*(base.layout.cut(filled(base, seed, tail=0.3)) for seed in range(2)), strict=True)
-    bank = Mixture.of(lows, base.layout, SCALING, base.device, torch.float32, np.concatenate(tails))
+    bank = Mixture.of(lows, base.layout, SCALING, base.device, torch.float32, np.concatenate(tails), own_tails=True)
     alphas = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.25, 0.5]])
     features = [row for row in base.image_features(examples(6)) if row is not None][:3]
     bank.activate(alphas)
@@ -253,6 +253,19 @@ def test_projectors_per_subspace_are_weighed_row_by_row(base: BaseModel) -> None
         assert row is not None
         assert torch.allclose(row, by_hand(base, feature, np.asarray(tail, np.float32)), atol=1e-5)
     assert not torch.allclose(found[0], base.pictures.finish(features)[0], atol=1e-2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_lone_projector_is_weighed_if_it_is_its_subspaces_own(base: BaseModel, own: bool) -> None:
+    low, tail = base.layout.cut(filled(base, 0, tail=0.3))
+    bank = Mixture.of([low], base.layout, SCALING, base.device, torch.float32, tail, own)
+    (feature,) = [row for row in base.image_features(examples(6)) if row is not None][:1]
+    bank.activate(torch.zeros(1, 1))
+    with adapted(base, bank), torch.no_grad():
+        (found,) = base.pictures.finish([feature])
+    (plain,) = base.pictures.finish([feature])
+    assert found is not None and plain is not None
+    assert torch.equal(found, plain) == own
 
 
 def by_hand(base: BaseModel, feature: torch.Tensor, tail: np.ndarray) -> torch.Tensor:
