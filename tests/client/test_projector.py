@@ -264,7 +264,8 @@ def test_a_lone_projector_is_weighed_if_it_is_its_subspaces_own(base: BaseModel,
     with adapted(base, bank), torch.no_grad():
         (found,) = base.pictures.finish([feature])
     (plain,) = base.pictures.finish([feature])
-    assert found is not None and plain is not None
+    assert found is not None
+    assert plain is not None
     assert torch.equal(found, plain) == own
 
 
