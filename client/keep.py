@@ -5,6 +5,7 @@ after it. Whoever is asked to train round r begins with the newest file *before*
 asked for again (the server resumed, or a new run of the same config began) finds what it found the first time.
 """
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 from fedstrata.core import durable
+from fedstrata.core.config import require
 from fedstrata.core.records import Binding
 
 When = tuple[int, int]  # stage, round
@@ -54,6 +56,10 @@ class Keep:
         return _read(path) if path.exists() else RecordDict()
 
     def _folder(self, at: Binding) -> Path:
+        """Raises `BadInput` unless the server's words, which become a path here, are a lineage id and whole numbers."""
+        numbers = all(type(number) is int for number in (at.stage, at.round, at.partition))
+        good = numbers and re.fullmatch("[0-9a-f]{1,64}", at.run) is not None
+        require(good, "message", "of a run named by 1 to 64 hex digits, at a whole stage, round and client", at)
         return self.home / f"{at.run}-{at.partition}"
 
     def _kept(self, at: Binding) -> dict[When, Path]:

@@ -110,6 +110,7 @@ class FederationSection:
     upload: str = "float32"  # float32 | bfloat16 | int8: what clients send; smaller ones send differences
     timeout: float = 3600.0  # seconds the server waits for the replies of one exchange
     cohort_timeout: float = 0.0  # seconds an actor may take for one cohort before another one gets it; 0: no limit
+    max_samples: int = 1_000_000  # examples that a client with its own data may say it holds of one task
 
     def __post_init__(self) -> None:
         key = "federation."
@@ -143,6 +144,7 @@ class FederationSection:
         require(self.upload in UPLOADS, key + "upload", ", ".join(UPLOADS), self.upload)
         require(self.timeout > 0, key + "timeout", "above 0 (seconds)", self.timeout)
         require(self.cohort_timeout >= 0, key + "cohort_timeout", "at least 0 (seconds)", self.cohort_timeout)
+        require(1 <= self.max_samples <= 2**31, key + "max_samples", f"between 1 and {2**31}", self.max_samples)
 
     def _check_privacy(self) -> None:
         key, clip, noise = "federation.update_", self.update_clip, self.update_noise

@@ -92,6 +92,8 @@ class HeldTask:
         _check_name("held", self.held, ("clients",))
         for metric in (self.metric, *self.beside):
             _check_name("metric", metric, tuple(SCORERS))
+            rule = "one that adds up over clients: this one needs all references, and each client has its own alone"
+            require(not SCORERS[metric].needs_corpus, "metric", rule, metric)
 
 
 TaskSpec = GeneratedTask | FileTask | HeldTask

@@ -107,8 +107,8 @@ def plan(name: str, definition: Definition, clients: int, seed: int, rounds: int
     )
 
 
-def check_holding(holding: Holding, tasks: int) -> None:
-    """Raises ValueError unless it is of so many tasks, with whole numbers and words."""
+def check_holding(holding: Holding, tasks: int, most: int) -> None:
+    """Raises ValueError unless it is of so many tasks, with words and whole numbers from 0 to `most`."""
     lists: Mapping[str, Sequence[Sequence[object]]] = {
         "rounds": [*holding.rounds, holding.whole, *holding.splits.values()],
         "keys": [*holding.keys, holding.whole_keys],
@@ -118,5 +118,8 @@ def check_holding(holding: Holding, tasks: int) -> None:
     for name, kind in (("rounds", int), ("keys", str)):
         if not all(len(row) == tasks and all(type(item) is kind for item in row) for row in lists[name]):
             raise ValueError(f"holding: {name} must have one {kind.__name__} for each of {tasks} tasks")
-    if any(int(str(count)) < 0 for row in lists["rounds"] for count in row):
+    counts = [int(str(count)) for row in lists["rounds"] for count in row]
+    if min(counts, default=0) < 0:
         raise ValueError("holding: counts must not be negative")
+    if max(counts, default=0) > most:
+        raise ValueError(f"holding: counts must be at most federation.max_samples ({most}), got {max(counts)}")

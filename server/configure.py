@@ -9,6 +9,7 @@ from fedstrata import scenarios
 from fedstrata.core import config as configuration
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput, unknown
+from fedstrata.server.results import flatten
 from fedstrata.strategies import find
 
 
@@ -17,12 +18,23 @@ def resolve(recipe: str, words: Sequence[str]) -> RunConfig:
 
     recipe: empty, a packaged scenario's name, a scenario file or a YAML of config keys.
     """
+    layers, strategy = _layers(recipe, words)
+    return _absolute(configuration.build(layers, find(strategy).config_type))
+
+
+def told(recipe: str, words: Sequence[str]) -> set[str]:
+    """The dotted keys that `resolve` does not leave at their defaults because something names them."""
+    return {key for layer in _layers(recipe, words)[0] for key in flatten(layer)}
+
+
+def _layers(recipe: str, words: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    """What is laid over the defaults, later ones win, and the strategy's name."""
     layers = [_recipe(recipe), configuration.parse_words(words)]
     name = _last(layers, "scenario", "name", configuration.ScenarioSection.name)
     layers.insert(0, scenarios.defaults(name))
     strategy = _last(layers, "strategy", "name", configuration.StrategyConfig.name)
     layers.insert(1, scenarios.tuned(name, strategy))
-    return _absolute(configuration.build(layers, find(strategy).config_type))
+    return layers, strategy
 
 
 def split_recipe(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -5,7 +5,8 @@
     gate/      gate.key gate.crt ca.crt
     client-K/  node.key node.pub ca.crt                    client K alone
 
-Secrets have mode 0600. What is there is kept; only `rotate` replaces it.
+Secrets have mode 0600. What is there is kept; only `rotate` replaces it. A client of which server/nodes has the public
+half has its key, wherever its folder was carried.
 """
 
 import ipaddress
@@ -33,7 +34,8 @@ PARTIES = ("server", "gate")
 def make(to: Path, clients: int, hosts: Sequence[str] = (), rotate: str = "") -> list[str]:
     """Makes what is missing, and what `rotate` names anew; returns the names of what was made.
 
-    hosts: further names and addresses by which server and gate are reached; rotate: server, gate or client-K.
+    hosts: further names and addresses by which server and gate are reached (none: a certificate made anew keeps the
+    old one's); rotate: server, gate or client-K.
 
     Raises:
         BadInput: no clients, an unknown name to rotate, or an authority of which a half is missing.
@@ -44,13 +46,16 @@ def make(to: Path, clients: int, hosts: Sequence[str] = (), rotate: str = "") ->
     made = [] if _authority(to) else [_new_authority(to)]
     for party in PARTIES:
         if party == rotate or not (to / party / f"{party}.crt").exists():
-            made.append(_certify(to, party, [party, *(("superlink",) if party == "server" else ()), *LOCAL, *hosts]))
+            names_of = [party, *(("superlink",) if party == "server" else ()), *LOCAL, *(hosts or _hosts(to, party))]
+            made.append(_certify(to, party, list(dict.fromkeys(names_of))))
     if not (to / "server" / "superexec.secret").exists():
         _write(to / "server" / "superexec.secret", secrets.token_bytes(32), secret=True)
     for name in names:
-        if name == rotate or not (to / name / "node.key").exists():
+        places = (to / name / "node.key", to / "server" / "nodes" / f"{name}.pub")
+        if name == rotate or not any(path.exists() for path in places):
             made.append(_node(to, name))
-        _write(to / name / "ca.crt", (to / "ca" / "ca.crt").read_bytes())
+        if (to / name).is_dir():
+            _write(to / name / "ca.crt", (to / "ca" / "ca.crt").read_bytes())
     return made
 
 
@@ -118,6 +123,16 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
+
+
+def _hosts(to: Path, party: str) -> list[str]:
+    """The names and addresses of a party's certificate; [] where there is none."""
+    path = to / party / f"{party}.crt"
+    if not path.exists():
+        return []
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
 
 
 def _node(to: Path, name: str) -> str:

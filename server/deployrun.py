@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedstrata.core import flowerapp
-from fedstrata.core.config import FederationSection, require
+from fedstrata.core.config import require
 from fedstrata.core.errors import BadInput, FedstrataError
 from fedstrata.server import configure, deploynodes
 from fedstrata.server.deployflower import Flower, Place
@@ -53,18 +53,16 @@ def supervise(place: Place, recipe: str, words: Sequence[str], attempts: int, co
 
 
 def defaults(recipe: str, words: Sequence[str]) -> list[str]:
-    """What a deployment does unless told otherwise: clients that nobody watches are neither too loud nor too few.
+    """What a deployment does unless a file or the words say otherwise: clients are neither too loud nor too few.
 
     And they may be gone without a word, so nobody waits an hour for them.
     """
     config = configure.resolve(recipe, words)
-    told = {word.partition("=")[0] for word in words}
+    told = configure.told(recipe, words)
     options = vars(find(config.strategy.name).config_type())
     wanted = {"strategy.token_min_samples": "50"} if "token_min_samples" in options else {}
-    if not config.federation.update_noise:
-        wanted["federation.clip"] = "median"
-    if config.federation.timeout == FederationSection().timeout:
-        wanted["federation.timeout"] = f"{TIMEOUT:g}"
+    wanted |= {} if config.federation.update_noise else {"federation.clip": "median"}
+    wanted["federation.timeout"] = f"{TIMEOUT:g}"
     return [f"{key}={value}" for key, value in wanted.items() if key not in told]
 
 

@@ -78,7 +78,7 @@ def resume(
     with storage(folder), locked(folder):
         start = resuming.starting_point(found, from_stage)
         _hello(config, folder, console)
-        prepared = prepare(config, grid)
+        prepared = prepare(config, grid, start.commit.progress.get("lineage", "") if start.commit else "")
         try:
             return _run(prepared, folder, console, start)
         finally:
@@ -157,6 +157,8 @@ def federation_of(prepared: Prepared, folder: Path, console: Console, start: Fou
         resuming.check_bound(folder, commit, bound)
         strategy.load(commit.parts)
         tokens, progress = memory.unpack(commit.memory, strategy), Progress.from_json(commit.progress)
+    if config.federation.grid == "flower":
+        progress = replace(progress, lineage=prepared.run_id)
     tracker = open_tracker(config.track, folder, configuration.to_dict(config), folder.name)
     rounds, stages = config.federation.rounds_per_stage, len(scenario.stages)
     display = Display(console, stages, rounds, (progress.stage - 1) * rounds + progress.round - 1)

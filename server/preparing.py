@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -31,8 +32,10 @@ from fedstrata.strategies.base import Setup, Strategy
 MAX_AUTO_COHORT = 16
 
 
-def prepare(config: RunConfig, grid: Grid | None = None) -> "Prepared":
+def prepare(config: RunConfig, grid: Grid | None = None, lineage: str = "") -> "Prepared":
     """Everything a run needs, checked, before a run folder exists.
+
+    lineage: that of a deployed run which is gone on with; empty for a new one.
 
     Raises:
         BadInput: a mistake in the config, the scenario's data or the base model.
@@ -46,7 +49,18 @@ def prepare(config: RunConfig, grid: Grid | None = None) -> "Prepared":
     for task in scenario.tasks if not isinstance(scenario, HeldScenario) else ():
         if not len(getattr(task, config.evaluate.split)):
             raise BadInput(f"evaluate.split: task {task.name} has no {config.evaluate.split} examples to score")
-    return Prepared(config, scenario, grid or open_grid(config), owned=grid is None)
+    lineage = lineage or lineage_of(config)
+    return Prepared(config, scenario, grid or open_grid(config), lineage, owned=grid is None)
+
+
+def lineage_of(config: RunConfig) -> str:
+    """What a new run is called to its clients: 16 hex digits.
+
+    Of a simulation a hash of the config. A deployment's clients outlive the run, so there it is drawn: what they
+    remember of another run with the same config is not this one's.
+    """
+    drawn = config.federation.grid == "flower"
+    return secrets.token_hex(8) if drawn else config_hash(configuration.to_dict(config))[:16]
 
 
 def check_kind(config: RunConfig) -> None:
@@ -62,12 +76,13 @@ def check_kind(config: RunConfig) -> None:
 class Prepared:
     """A run that could start: its scenario, its grid and what the clients say of the base model."""
 
-    def __init__(self, config: RunConfig, scenario: Scenario, grid: Grid, owned: bool) -> None:
+    def __init__(self, config: RunConfig, scenario: Scenario, grid: Grid, run_id: str, owned: bool) -> None:
         self.config, self.scenario, self.grid, self.owned = config, scenario, grid, owned
-        self.run_id = config_hash(configuration.to_dict(config))[:16]
+        self.run_id = run_id
         self.config_json = json.dumps(on_the_wire(config, scenario))
         try:
-            self.roster = Roster(grid, scenario, self.config_json, self.run_id, config.federation.timeout)
+            f = config.federation
+            self.roster = Roster(grid, scenario, self.config_json, run_id, f.timeout, f.max_samples)
             self.description = self.roster.description
         except BaseException:
             self.close()

@@ -33,6 +33,7 @@ class Progress:
         updates_sent: client → how many of its updates went into the state.
         too_few: client → rounds in which it held too few instructions for a token.
         noise_key: what the server's noise is drawn from, where that is not the run's seed; hex digits.
+        lineage: what a deployed run is called to its clients; empty in a simulation, whose config says it.
     """
 
     matrix: AccuracyMatrix
@@ -59,6 +60,7 @@ class Progress:
     updates_sent: Mapping[int, int] = field(default_factory=dict)
     too_few: Mapping[int, int] = field(default_factory=dict)
     noise_key: str = ""
+    lineage: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(replace(self, matrix=None)), "matrix": self.matrix.to_json()}  # type: ignore[arg-type]

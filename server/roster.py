@@ -14,10 +14,12 @@ from fedstrata.core.errors import FedstrataError
 from fedstrata.core.records import Description, Holding
 from fedstrata.scenarios.held import HeldScenario, check_holding
 from fedstrata.scenarios.stream import Scenario
-from fedstrata.server.checks import Refused
+from fedstrata.server.checks import Kind, Refused
 from fedstrata.server.exchange import PAUSE, describe, describe_all
 
 MOST = 600.0  # seconds that a node may take to describe itself: its base is loaded for the first time then
+PATIENCE = 64  # looks at most between two questions to a node that does not answer
+SAME = ("layout", "base_hash", "encoder", "dim", "tau", "epsilon")  # of all clients' descriptions
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,18 @@ class Change:
 class Roster(Mapping[int, int]):
     """partition → node of the clients that are there."""
 
-    def __init__(self, grid: Grid, scenario: Scenario, config: str, run: str, timeout: float) -> None:
-        """config: as it travels; run: its lineage; timeout: seconds to wait for anybody.
+    def __init__(self, grid: Grid, scenario: Scenario, config: str, run: str, timeout: float, most: int) -> None:
+        """config: as it travels; run: its lineage; timeout: seconds to wait for anybody; most: federation.max_samples.
 
         Raises:
             FedstrataError: nobody is there, or none of them can take part; says why.
         """
         self._grid, self._scenario, self._config, self._run, self._timeout = grid, scenario, config, run, timeout
+        self._most = most
         self._nodes: dict[int, int] = dict(getattr(grid, "roster", {}))
         self._fixed = bool(self._nodes)
         self._wrong: dict[int, str] = {}  # nodes that may not take part and are still there
+        self._late: dict[int, tuple[int, int]] = {}  # node that did not answer → looks to leave it alone: left, in all
         self._first: Description | None = None
         if self._fixed:
             self._first = describe(grid, next(iter(self._nodes.values())), config, run)
@@ -83,16 +87,26 @@ class Roster(Mapping[int, int]):
         there, before = set(self._grid.get_node_ids()), self._nodes
         self._nodes = {client: node for client, node in before.items() if node in there and not anew}
         self._wrong = {node: why for node, why in self._wrong.items() if node in there}
-        refused = self._ask(sorted(there - {*self._nodes.values(), *self._wrong}))
+        self._late = {node: (left - 1, looks) for node, (left, looks) in self._late.items() if node in there}
+        resting = {node for node, (left, _) in self._late.items() if left >= 0}
+        refused = self._ask(sorted(there - {*self._nodes.values(), *self._wrong, *resting}))
         for client in before.keys() - self._nodes.keys():
             if isinstance(self._scenario, HeldScenario):
                 self._scenario.told.tell(client, None)
         return Change(refused=refused)
 
     def _ask(self, nodes: list[int]) -> tuple[tuple[int, str], ...]:
-        """Takes in those that describe themselves well; of the others, why not. Who failed is asked again next time."""
+        """Takes in those that describe themselves well; of the others, why not.
+
+        Who failed is asked again next time; who did not answer in time, after 1, 2, 4, … looks without a question:
+        everybody waits for it each time.
+        """
         refused = []
         for node, said in describe_all(self._grid, nodes, self._config, self._run, min(self._timeout, MOST)):
+            _, looks = self._late.pop(node, (0, 0))
+            if isinstance(said, Refused) and said.kind == Kind.LATE:
+                looks = min(2 * looks or 1, PATIENCE)
+                self._late[node] = (looks, looks)
             try:
                 self._take(node, said)
             except (ValueError, TypeError, KeyError) as error:
@@ -109,11 +123,16 @@ class Roster(Mapping[int, int]):
         if not 0 <= said.partition < clients or said.partition in self._nodes:
             free = sorted(set(range(clients)) - self._nodes.keys())
             raise ValueError(f"partition-id: must be one of {free}, got {said.partition}")
-        if (said.layout, said.base_hash) != (first.layout, first.base_hash):
-            raise ValueError(f"client {said.partition}: base must be {first.base_hash}, got {said.base_hash}")
+        for name in SAME:
+            ours, its = getattr(first, name), getattr(said, name)
+            if its != ours:
+                raise ValueError(f"client {said.partition}: {name} must be {ours}, as the first client's, got {its}")
         if isinstance(self._scenario, HeldScenario):
             holding = Holding.from_json(said.holding)
-            check_holding(holding, len(self._scenario.tasks))
+            try:
+                check_holding(holding, len(self._scenario.tasks), self._most)
+            except ValueError as error:
+                raise ValueError(f"client {said.partition}: {error}") from error
             self._scenario.told.tell(said.partition, holding)
         self._first, self._nodes[said.partition] = first, node
 

@@ -70,15 +70,23 @@ class SignedGrid(Grid):
         partition = self._asked.get(request, -2)
         if partition == -1:  # a node that is not known yet says which client it is, and its key proves it
             partition = _claimed(reply)
-        if partition >= 0 and signing.holds(reply, partition, self._keys):
+        if partition >= 0 and self._signed(reply, partition):
             del reply.content[signing.SIGNATURE]
             return reply
         who = f"client {partition}" if partition in self._keys else f"client {partition}, of whom no key is known,"
         return as_error(reply, Error(records.FORGED, f"signature: {who} did not sign this answer to this message"))
 
+    def _signed(self, reply: Message, partition: int) -> bool:
+        try:
+            return signing.holds(reply, partition, self._keys)
+        except Exception:  # a stranger's content may fail in any way: whatever cannot be checked is forged
+            return False
+
 
 def _claimed(reply: Message) -> int:
+    """The partition that a description names; -2, which is no client's, where it names none."""
     try:
-        return records.read_description(reply).partition
-    except (KeyError, TypeError):
+        partition = records.read_description(reply).partition
+    except Exception:  # a stranger's words may fail in any way
         return -2
+    return partition if type(partition) is int else -2

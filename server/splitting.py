@@ -14,7 +14,9 @@ from fedstrata import scenarios
 from fedstrata.core import config as configuration
 from fedstrata.core.config import RunConfig, require
 from fedstrata.core.errors import BadInput
+from fedstrata.scenarios.definition import HeldTask
 from fedstrata.scenarios.own import FILE, open_own
+from fedstrata.scenarios.schema import fill
 from fedstrata.scenarios.stream import Example, Scenario, Task
 from fedstrata.server import configure
 from fedstrata.strategies import STRATEGIES
@@ -32,11 +34,15 @@ def split(config: RunConfig, to: Path) -> list[Path]:
     """Writes `client-<k>/` for every client and `server/scenario.yaml`; returns these folders.
 
     Raises:
-        BadInput: a scenario whose timeline a folder cannot say, or folders that hold something.
+        BadInput: a scenario whose timeline a folder cannot say, a metric that clients cannot score apart, or folders
+            that hold something.
     """
     scenario = scenarios.of(config)
     simple = type(scenario.timeline).__name__ == "Clocked" and scenario.assign is None and not _moves(scenario)
     require(simple, "scenario.name", "homogeneous, with arrival kind stages and repeats same", config.scenario.name)
+    server = _server(scenario, config)
+    for name, block in server["tasks"].items():
+        fill(HeldTask, block, f"tasks.{name}")
     folders = [to / f"client-{client}" for client in range(scenario.client_count)] + [to / "server"]
     for folder in folders:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -44,7 +50,7 @@ def split(config: RunConfig, to: Path) -> list[Path]:
     for client, folder in enumerate(folders[:-1]):
         _write_client(scenario, config, client, folder)
     folders[-1].mkdir(parents=True, exist_ok=True)
-    _dump(folders[-1] / FILE, _server(scenario, config))
+    _dump(folders[-1] / FILE, server)
     return folders
 
 

@@ -127,6 +127,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_key(word: str, key: str) ->
         ("federation.clients=0", "federation.clients: must be at least 1, got 0"),
         ("federation.clients=4", "federation.clients_per_round: must be between 1 and federation.clients (4), got 5"),
         ("federation.min_replies=6", "federation.min_replies: must be between 1 and federation.clients_per_round (5)"),
+        ("federation.max_samples=0", "federation.max_samples: must be between 1 and 2147483648, got 0"),
         ("federation.grid=rai", "federation.grid: must be ray, inprocess or flower, got 'rai'"),
         ("federation.cohort_size=0", "federation.cohort_size: must be auto or a number of at least 1, got '0'"),
         ("federation.memory_budget=.inf", "federation.memory_budget: must be a finite number above 0 (GB), got inf"),

@@ -13,8 +13,9 @@ from flwr.proto.message_pb2 import Message as Proto
 from rich.console import Console
 
 from fedstrata.core import records, signing
-from fedstrata.core.errors import BadInput
+from fedstrata.core.errors import BadInput, Interrupted
 from fedstrata.server import configure, launch, splitting
+from fedstrata.server.preparing import lineage_of
 from fedstrata.server.runfolder import RunFolder
 from fedstrata.server.signed import SignedGrid
 from tests.deploy.folders import FIRST, Folders
@@ -193,6 +194,40 @@ def test_a_client_without_data_of_a_stage_is_not_asked_to_train_it(
     trained = [[row["client"] for row in event["participants"]] for event in events(run, "round")]
     assert trained == [[0, 1], [0]]
     assert run.matrix.counts[-1]["charts"] if isinstance(run.matrix.counts[-1], dict) else run.matrix.counts[-1][1] > 0
+
+
+def test_a_deployed_run_keeps_its_name_when_it_is_resumed_and_another_of_its_config_has_another(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients keep what they remember by this name: a second run must not find what the first one left."""
+    grid, trained = Folders(split, 2, tmp_path / "homes", monkeypatch), list[records.Binding]()
+    last = 2
+
+    def before(message: Message) -> None:
+        """Ctrl-C over the first message to train that is not of the first `last` ones."""
+        if message.metadata.message_type == records.TRAIN:
+            trained.append(records.binding(message))
+            if len(trained) > last:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "before", before)
+    words = ("strategy.name=finetune", "federation.clients_per_round=2", "evaluate.split=val")
+    with pytest.raises(Interrupted):
+        deployed(split, tmp_path / "run", grid, *words)
+    with pytest.raises(Interrupted):
+        launch.resume(tmp_path / "run", QUIET, grid)
+    with pytest.raises(Interrupted):
+        deployed(split, tmp_path / "again", grid, *words)
+    assert [at.stage for at in trained] == [1, 1, 2, 2, 1]
+    assert len({at.run for at in trained[:4]}) == 1
+    assert trained[4].run != trained[0].run
+
+
+def test_the_name_of_a_simulation_follows_from_its_config() -> None:
+    config = configure.resolve("fcit-mini-short", [])
+    assert lineage_of(config) == lineage_of(config)
+    there = configure.resolve("fcit-mini-short", ["federation.grid=flower"])
+    assert lineage_of(there) != lineage_of(there)
 
 
 def test_a_scenario_of_the_clients_data_runs_in_a_deployment_only(split: Path, tmp_path: Path) -> None:

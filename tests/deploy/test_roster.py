@@ -19,6 +19,7 @@ from fedstrata.server.flower_private import become_server, set_message_id
 from fedstrata.server.grids import ParticipantsGrid
 from fedstrata.server.roster import Roster
 
+SILENCE = "nothing"
 LAYOUT = '[["a", 1, 1]]'
 
 
@@ -42,6 +43,8 @@ class Nodes(ParticipantsGrid):
             self.asked.append(node)
             set_message_id(message.metadata, f"m{len(self.asked)}")
             says = self.says[node]
+            if says == SILENCE:
+                continue
             if isinstance(says, str):
                 replies.append(Message(Error(2, says), reply_to=message))
             else:
@@ -71,7 +74,7 @@ def client(partition: int, told: str = "") -> Description:
 
 
 def look(grid: Grid, found: HeldScenario, timeout: float = 5.0) -> Roster:
-    return Roster(grid, found, "{}", "run", timeout)
+    return Roster(grid, found, "{}", "run", timeout, 1000)
 
 
 def test_nodes_that_come_and_go_are_told_of_and_only_new_ones_are_asked(grid: Nodes) -> None:
@@ -110,7 +113,15 @@ def test_a_client_with_other_data_at_a_new_stage_is_asked_anew_and_one_that_fail
     [
         (client(0), r"partition-id: must be one of \[1, 2\], got 0"),
         (client(5), r"partition-id: must be one of \[1, 2\], got 5"),
-        (replace(client(1), base_hash="other"), "client 1: base must be hash, got other"),
+        (replace(client(1), base_hash="other"), "client 1: base_hash must be hash, as the first client's, got other"),
+        (replace(client(1), encoder="clip"), "client 1: encoder must be , as the first client's, got clip"),
+        (replace(client(1), dim=3), "client 1: dim must be 0, as the first client's, got 3"),
+        (replace(client(1), tau=0.5), r"client 1: tau must be 0\.0, as the first client's, got 0\.5"),
+        (replace(client(1), epsilon=0.5), r"client 1: epsilon must be 0\.0, as the first client's, got 0\.5"),
+        (
+            client(1, holding([10**12, 0], [0, 3])),
+            r"client 1: holding: counts must be at most federation.max_samples \(1000\), got 1000000000000",
+        ),
         (client(1, '{"rounds": 1}'), "missing 4 required"),
         (client(1, holding([4], [3])), "rounds must have one int for each of 2 tasks"),
         (client(1, holding([-4, 0], [0, 3])), "counts must not be negative"),
@@ -127,6 +138,28 @@ def test_a_node_that_may_not_take_part_is_refused_once_and_costs_nobody_else(
     assert re.search(why, reason)
     assert there.look().refused == ()
     assert dict(there) == {0: 7}
+
+
+def test_a_node_that_does_not_answer_is_left_alone_for_twice_as_many_looks_each_time(grid: Nodes) -> None:
+    grid.says = {7: client(0)}
+    there = look(grid, scenario())
+    grid.says[8] = SILENCE
+    asked = []
+    for number in range(200):
+        before = len(grid.asked)
+        there.look()
+        asked += [number] * (len(grid.asked) - before)
+    assert asked == [0, 2, 5, 10, 19, 36, 69, 134, 199]  # 1, 2, 4, … 64, 64 looks between two questions
+    grid.says[8] = "ImportError"
+    for _ in range(65):
+        there.look()
+    before = len(grid.asked)
+    there.look()
+    assert len(grid.asked) == before + 1  # one that answers with an error is asked at every look, as ever
+    grid.says = {7: client(0), 9: SILENCE}
+    there.look()
+    grid.says[9] = client(1)
+    assert [there.look().joined for _ in range(2)] == [(), (1,)]
 
 
 def test_with_nobody_there_a_run_waits_and_rounds_are_not_spent(grid: Nodes) -> None:

@@ -108,7 +108,7 @@ def _running(pid: int) -> bool:
         return False
 
 
-AT = Binding("run", 1, 1, 0)
+AT = Binding("a1", 1, 1, 0)
 
 
 def state(value: float) -> RecordDict:
@@ -135,11 +135,26 @@ def test_memories_of_clients_and_runs_are_apart_and_old_ones_go(tmp_path: Path) 
     keep = Keep(tmp_path)
     for stage in (1, 2):
         for round_ in (1, 2, 3, 4):
-            keep.store(Binding("run", stage, round_, 0), state(10 * stage + round_))
-    assert value(keep.load(Binding("run", 2, 5, 1))) is None
-    assert value(keep.load(Binding("other", 2, 5, 0))) is None
-    assert sorted(path.name for path in (tmp_path / "memory" / "run-0").iterdir()) == ["1-4", "2-3", "2-4"]
-    assert value(keep.load(Binding("run", 2, 1, 0))) == 14  # `resume --from-stage 2`
+            keep.store(Binding("a1", stage, round_, 0), state(10 * stage + round_))
+    assert value(keep.load(Binding("a1", 2, 5, 1))) is None
+    assert value(keep.load(Binding("b2", 2, 5, 0))) is None
+    assert sorted(path.name for path in (tmp_path / "memory" / "a1-0").iterdir()) == ["1-4", "2-3", "2-4"]
+    assert value(keep.load(Binding("a1", 2, 1, 0))) == 14  # `resume --from-stage 2`
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        *[Binding(run, 1, 1, 0) for run in ("../../victim", "", "a/b", "A1", "run", "a1\n", "a" * 65)],
+        Binding("a1", "../../../victim", 1, 0),  # type: ignore[arg-type]
+        Binding("a1", 1, "1/../../victim", 0),  # type: ignore[arg-type]
+    ],
+)
+def test_a_message_cannot_name_a_place_outside_the_memory(tmp_path: Path, at: Binding) -> None:
+    for use in (lambda keep: keep.store(at, state(1)), lambda keep: keep.load(at)):
+        with pytest.raises(BadInput, match="message: must be of a run named by 1 to 64 hex digits"):
+            use(Keep(tmp_path / "home" / "inner"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_is_the_clients_own_stays_whatever_the_run(tmp_path: Path) -> None:

@@ -70,6 +70,31 @@ def test_rotation_replaces_one_key_and_no_other(keys: Path) -> None:
     assert changed == {"client-0/node.key", "client-0/node.pub", "server/nodes/client-0.pub"}
 
 
+def test_a_key_that_was_carried_to_its_client_is_there_and_is_not_made_again(keys: Path) -> None:
+    public = (keys / "server" / "nodes" / "client-0.pub").read_bytes()
+    shutil.rmtree(keys / "client-0")
+    assert deploykeys.make(keys, 3) == ["client-2"]
+    assert (keys / "server" / "nodes" / "client-0.pub").read_bytes() == public
+    assert not (keys / "client-0").exists()
+    assert deploykeys.make(keys, 3, rotate="client-0") == ["client-0"]
+    assert (keys / "server" / "nodes" / "client-0.pub").read_bytes() != public
+
+
+def test_a_certificate_made_anew_keeps_its_names_unless_others_are_given(keys: Path) -> None:
+    old = (keys / "gate" / "gate.crt").read_bytes()
+    assert deploykeys.make(keys, 2, rotate="gate") == ["gate"]
+    assert (keys / "gate" / "gate.crt").read_bytes() != old
+    assert names(keys, "gate") == ["gate", "localhost", "127.0.0.1", "fed.example.org", "10.0.0.7"]
+    deploykeys.make(keys, 2, ["new.example.org"], rotate="server")
+    assert names(keys, "server") == ["server", "superlink", "localhost", "127.0.0.1", "new.example.org"]
+
+
+def names(keys: Path, party: str) -> list[str]:
+    certificate = x509.load_pem_x509_certificate((keys / party / f"{party}.crt").read_bytes())
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in found]
+
+
 def test_a_lost_authority_is_not_replaced_in_silence(keys: Path) -> None:
     shutil.rmtree(keys / "ca")
     before = content(keys)

@@ -162,6 +162,16 @@ def test_a_deployment_clips_asks_for_fifty_instructions_and_waits_a_quarter_hour
     assert deployrun.defaults("", ["strategy.name=finetune", "federation.timeout=60"]) == [loud]
 
 
+def test_what_a_file_says_is_not_overridden_by_what_a_deployment_does_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "scenario.yaml"
+    tasks = "tasks: {a: {held: clients}}\nstages: [[a]]\n"
+    said = "{strategy: {token_min_samples: 1}, federation: {clip: off, timeout: 3600}}"
+    file.write_text(f"{tasks}defaults: {said}\n")
+    assert deployrun.defaults(str(file), []) == []
+    file.write_text(f"{tasks}defaults: {{federation: {{clients: 8}}}}\n")
+    assert len(deployrun.defaults(str(file), [])) == 3
+
+
 def test_words_survive_the_way_through_two_quotings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
 ) -> None:
