@@ -240,6 +240,10 @@ def test_a_scenario_of_the_clients_data_runs_in_a_deployment_only(split: Path, t
 def test_what_folders_cannot_say_is_not_split(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="scenario.name: must be homogeneous, with arrival kind stages"):
         splitting.split(splitting.resolve("fcit-mini-het", [], 5), tmp_path)
+    task = "{generate: fcit-mini/names, train: 8, val: 2, test: 2, metric: cider}"
+    (tmp_path / "captions.yaml").write_text(f"tasks: {{a: {task}}}\nstages: [[a]]\n")
+    with pytest.raises(BadInput, match="tasks.a.metric: must be one that adds up over clients"):
+        splitting.split(splitting.resolve(str(tmp_path / "captions.yaml"), [], 2), tmp_path)
     (tmp_path / "client-0").mkdir()
     (tmp_path / "client-0" / "something").touch()
     with pytest.raises(BadInput, match="--to: .*client-0 must be new or empty"):
