@@ -90,8 +90,14 @@ def test_every_committed_round_is_kept_whatever_dies(stack: Stack) -> None:
     assert sorted(set(stack.rounds())) == [(stage, round_) for stage in (1, 2, 3) for round_ in (1, 2)]
     (end,) = [event for event in stack.events() if event["event"] == "run_finished"][-1:]
     assert end["status"] == "completed"
-    late = [row["client"] for event in stack.events() if event["event"] == "round" for row in event["participants"]]
-    assert 3 in late
+    assert [2 in trained for stage, trained in trained_in(stack) if stage == 2][-1:] == [False]  # it was cut off
+    assert {0, 1, 2, 3} == set().union(*[trained for stage, trained in trained_in(stack) if stage == 3])
+
+
+def trained_in(stack: Stack) -> list[tuple[int, set[int]]]:
+    """The stage and who took part, of each round."""
+    rounds = [event for event in stack.events() if event["event"] == "round"]
+    return [(event["stage"], {row["client"] for row in event["participants"]}) for event in rounds]
 
 
 def test_the_supervisor_ends_with_the_table_and_exit_code_0(stack: Stack) -> None:
