@@ -22,7 +22,7 @@ QUICK = ("federation.clients=3", "federation.clients_per_round=2", "train.local_
 
 def bench(quick: bool = False) -> Result:
     """Wall seconds of whole rounds of stage 1 and of their training alone, turn by turn; the updates must be equal."""
-    repeats, words = (1, QUICK) if quick else (6, ())
+    repeats, words = (1, QUICK) if quick else (15, ())
     with (
         tempfile.TemporaryDirectory() as name,
         rounds(Path(name), ["federation.actors=1", "federation.rounds_per_stage=99", *words]) as run,
