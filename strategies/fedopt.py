@@ -16,7 +16,14 @@ REDDI = Facts("2003.00295", "ICLR 2021")
 
 
 @dataclass(frozen=True)
-class FedAvgMConfig(FinetuneConfig):
+class OptimizerConfig(FinetuneConfig):
+    """Options of every method here: those of finetune, the optimiser given by the name."""
+
+    named_for: ClassVar[str] = "server_optimizer"
+
+
+@dataclass(frozen=True)
+class FedAvgMConfig(OptimizerConfig):
     """Options of FedAvgM."""
 
     name: str = "fedavgm"
@@ -31,7 +38,7 @@ class FedAvgM(Finetune):
 
 
 @dataclass(frozen=True)
-class FedAdagradConfig(FinetuneConfig):
+class FedAdagradConfig(OptimizerConfig):
     """Options of FedAdagrad."""
 
     name: str = "fedadagrad"
@@ -46,7 +53,7 @@ class FedAdagrad(Finetune):
 
 
 @dataclass(frozen=True)
-class FedAdamConfig(FinetuneConfig):
+class FedAdamConfig(OptimizerConfig):
     """Options of FedAdam."""
 
     name: str = "fedadam"
@@ -61,7 +68,7 @@ class FedAdam(Finetune):
 
 
 @dataclass(frozen=True)
-class FedYogiConfig(FinetuneConfig):
+class FedYogiConfig(OptimizerConfig):
     """Options of FedYogi."""
 
     name: str = "fedyogi"

@@ -30,6 +30,7 @@ class MergeConfig(StrategyConfig):
     """Options of every method that averages."""
 
     in_factors: ClassVar[bool] = False  # the method keeps numbers that belong to A and B as they are, not to B A
+    named_for: ClassVar[str] = ""  # the option that the method is named for: another value would be another method
 
     merge: str = "mean"  # mean | median | trimmed | multikrum | geomedian | product: makes one adapter of a subspace's
     suspects: int = 1  # adapters of one subspace and round that may be hostile: trimmed and multikrum reckon with them
@@ -56,6 +57,9 @@ class MergeConfig(StrategyConfig):
             require(0 <= getattr(self, name) < 1, key + name, "at least 0 and below 1", getattr(self, name))
         good = 0 < self.server_tau < float("inf")
         require(good, key + "server_tau", "a finite number above 0", self.server_tau)
+        if self.named_for:
+            own, came = (getattr(who, self.named_for) for who in (type(self), self))
+            require(came == own, key + self.named_for, f"{own} with strategy.name={self.name}", came)
 
     @property
     def averages(self) -> bool:

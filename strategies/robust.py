@@ -14,7 +14,14 @@ from fedstrata.strategies.finetune import Finetune, FinetuneConfig
 
 
 @dataclass(frozen=True)
-class FedMedianConfig(FinetuneConfig):
+class RuleConfig(FinetuneConfig):
+    """Options of every method here: those of finetune, the rule given by the name."""
+
+    named_for: ClassVar[str] = "merge"
+
+
+@dataclass(frozen=True)
+class FedMedianConfig(RuleConfig):
     """Options of FedMedian."""
 
     name: str = "fedmedian"
@@ -29,7 +36,7 @@ class FedMedian(Finetune):
 
 
 @dataclass(frozen=True)
-class FedTrimmedConfig(FinetuneConfig):
+class FedTrimmedConfig(RuleConfig):
     """Options of the trimmed mean."""
 
     name: str = "fedtrimmed"
@@ -44,7 +51,7 @@ class FedTrimmed(Finetune):
 
 
 @dataclass(frozen=True)
-class MultiKrumConfig(FinetuneConfig):
+class MultiKrumConfig(RuleConfig):
     """Options of multi-Krum."""
 
     name: str = "multikrum"
@@ -59,7 +66,7 @@ class MultiKrum(Finetune):
 
 
 @dataclass(frozen=True)
-class GeomedianConfig(FinetuneConfig):
+class GeomedianConfig(RuleConfig):
     """Options of the geometric median."""
 
     name: str = "geomedian"

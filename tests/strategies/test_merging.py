@@ -203,6 +203,28 @@ def test_a_named_rule_is_finetune_with_it(setup: Setup, train_reply: Any, name: 
     _same(setup, train_reply, name, merge=merge)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "other"),
+    [
+        *((name, "server_optimizer", "none") for name in OPTIMIZERS),
+        *((name, "merge", "mean") for name in ("fedmedian", "fedtrimmed", "multikrum", "geomedian")),
+        ("fedadam", "server_optimizer", "fedyogi"),
+        ("fedtrimmed", "merge", "median"),
+    ],
+)
+def test_a_method_that_is_named_for_its_option_refuses_another_value(name: str, key: str, other: str) -> None:
+    """It would be FedAvg, or another method of the catalogue, under this one's name."""
+    kind = find(name).config_type
+    own = getattr(kind(), key)
+    with pytest.raises(BadInput, match=f"strategy.{key}: must be {own} with strategy.name={name}, got '{other}'"):
+        kind(**{key: other})
+
+
+def test_what_a_method_is_not_named_for_stays_free() -> None:
+    assert find("fedadam").config_type(merge="median").merge == "median"  # type: ignore[call-arg]
+    assert find("fedmedian").config_type(server_optimizer="fedavgm").server_optimizer == "fedavgm"  # type: ignore[call-arg]
+
+
 def _same(setup: Setup, train_reply: Any, name: str, **options: Any) -> None:
     named, plain, other = made(name, setup), made("finetune", setup, **options), made("finetune", setup)
     for strategy in (named, plain, other):
