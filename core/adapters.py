@@ -11,7 +11,7 @@ themselves: `prompts` [P, length, hidden], in units of the spread of the base's 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,17 +185,6 @@ def fresh(layout: Layout, rank: int, seed: int, *names: str | int, init: str = "
         a = draw.uniform(-bound, bound, size=shape) if init == "uniform" else draw.normal(0, 0.01, size=shape)
         factors[name] = (a.astype(np.float32), np.zeros((out, rank), dtype=np.float32))
     return np.concatenate([layout.join(factors), np.zeros(layout.fixed + layout.tail, dtype=np.float32)])
-
-
-def weighted_mean(flats: Sequence[Flat], weights: Sequence[float]) -> Flat:
-    """Σ w_k x_k / Σ w_k, summed in float64 in the order given (callers sort by partition id) and rounded once."""
-    total = float(sum(weights))
-    if total <= 0 or len(flats) != len(weights):
-        raise ValueError(f"expected one weight per adapter with a sum above 0, got {list(weights)}")
-    mean = np.zeros(flats[0].shape, dtype=np.float64)
-    for flat, weight in zip(flats, weights, strict=True):
-        mean += flat.astype(np.float64) * (weight / total)
-    return mean.astype(np.float32)
 
 
 def _parameters(tree: Any) -> Parameters:

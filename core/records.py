@@ -9,7 +9,7 @@ a method that declares extras gets them in a second ArrayRecord.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -389,7 +389,3 @@ def tensor_bytes(messages: Sequence[Message]) -> int:
 
 def _size(array: Array) -> int:
     return np.dtype(array.dtype).itemsize * math.prod(array.shape)
-
-
-def rebind(meta: Assignment, **changes: Any) -> Assignment:
-    return replace(meta, binding=replace(meta.binding, **changes))

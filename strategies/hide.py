@@ -4,13 +4,13 @@ Guo et al., "HiDe-LLaVA: Hierarchical Decoupling for Continual Instruction Tunin
 ACL 2025, arXiv 2503.12941. Uses task identity: in training, where it says which slot a participant trains; not at
 inference.
 
-Linear CKA between tasks is near 1 in all layers but the last: only there does a task need a room of its own. A
-participant trains its task's slot alone, at weight 1, and updates of one slot are averaged. A task's anchor is the mean
-identity feature of its clients' instructions (`strategy.token`: text, image or both), a sum and a count, so exact over
-clients. At inference the top layers take Σ_c d_c B_c A_c with d = softmax(cos(x, anchor_c) / 0.1), the others one
-adapter out of all slots: `fuse=factor` is the published code's (Σ B_c)(Σ A_c), cross products and all; `fuse=delta` is
-the paper's Σ B_c A_c. With `token=both` the cosine is that of the two features side by side; the paper takes the mean
-of two cosines, which is the same for anchors whose halves have one norm.
+In the paper, linear CKA between tasks is near 1 in all layers but the last: only there does a task need a room of its
+own. A participant trains its task's slot alone, at weight 1, and updates of one slot are averaged. A task's anchor is
+the mean identity feature of its clients' instructions (`strategy.token`: text, image or both), a sum and a count, so
+exact over clients. At inference the top layers take Σ_c d_c B_c A_c with d = softmax(cos(x, anchor_c) / 0.1), the
+others one adapter out of all slots: `fuse=factor` is the published code's (Σ B_c)(Σ A_c), cross products and all;
+`fuse=delta` is the paper's Σ B_c A_c. With `token=both` the cosine is that of the two features side by side; the paper
+takes the mean of two cosines, which is the same for anchors whose halves have one norm.
 
 The engine mixes whole adapters, so slot c answers as an adapter that has B_c A_c in the top layers and the fused one
 everywhere else: the weights d add up to 1. That is exact but for rounding, and costs what DISCO costs; `fuse=delta`
@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from fedstrata.core.adapters import Flat, Layout
 from fedstrata.core.config import PROJECTORS, StrategyConfig, require
@@ -124,15 +123,3 @@ def decoupled(slots: Sequence[Flat], layout: Layout, top: frozenset[str], fuse: 
 def _sum(factors: Sequence[Flat]) -> Flat:
     """In float64, rounded once; one factor alone comes out bit for bit."""
     return np.asarray(np.sum(np.stack(factors), axis=0, dtype=np.float64), dtype=np.float32)
-
-
-def cka(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
-    """Linear CKA of features [N, D] and [N, D'] of the same N inputs: ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), columns centred.
-
-    1 where one is the other turned, scaled and shifted; the expansion set is the layers where it falls between tasks.
-
-    Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, arXiv 1905.00414.
-    """
-    a, b = (m - m.mean(axis=0) for m in (np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)))
-    norms = np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)
-    return float(np.linalg.norm(b.T @ a) ** 2 / norms) if norms > 0 else 0.0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedstrata.core.adapters import Flat, Layout, feedforward, fresh, unfusable, weighted_mean
+from fedstrata.core.adapters import Flat, Layout, feedforward, fresh, unfusable
 from fedstrata.core.config import LoraSection, RunConfig
 from fedstrata.core.errors import BadInput
 
@@ -49,47 +49,6 @@ def test_width_size_and_rank_by_hand() -> None:
 def test_a_length_that_fits_no_rank_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match=f"a multiple of 8 parameters, got {length}"):
         TWO.split(np.zeros(length, dtype=np.float32))
-
-
-def test_weighted_mean_by_hand() -> None:
-    # (1·1 + 3·5) / 4 = 4 and (1·2 + 3·(−2)) / 4 = −1
-    mean = weighted_mean([flat(1, 2), flat(5, -2)], [1, 3])
-    assert mean.tolist() == [4, -1]
-    assert mean.dtype == np.float32
-
-
-def test_the_mean_of_one_is_itself_bit_for_bit() -> None:
-    one = np.random.default_rng(0).normal(size=50).astype(np.float32)
-    assert weighted_mean([one], [7]).tobytes() == one.tobytes()
-
-
-def test_scaling_all_weights_changes_nothing() -> None:
-    flats = [flat(1, 2), flat(5, -2)]
-    assert weighted_mean(flats, [1, 3]).tolist() == weighted_mean(flats, [10, 30]).tolist()
-
-
-def test_replies_in_any_order_have_one_mean_once_sorted() -> None:
-    rng = np.random.default_rng(1)
-    replies = [(partition, rng.normal(size=200).astype(np.float32), partition + 1) for partition in range(9)]
-
-    def mean(order: list[int]) -> bytes:
-        came = sorted((replies[i] for i in order), key=lambda reply: reply[0])
-        return weighted_mean([f for _, f, _ in came], [w for _, _, w in came]).tobytes()
-
-    expected = mean(list(range(9)))
-    assert all(mean(rng.permutation(9).tolist()) == expected for _ in range(5))
-
-
-def test_the_mean_is_summed_in_more_than_float32() -> None:
-    # float32 has a spacing of 8 at 10⁸: summed in it, the three ones would be lost
-    flats = [flat(1e8), flat(1), flat(1), flat(1), flat(-1e8)]
-    assert weighted_mean(flats, [1] * 5).tolist() == pytest.approx([0.6])
-
-
-@pytest.mark.parametrize("weights", [[0, 0], [1], [1, 1, 1], [1, -1]])
-def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="one weight per adapter"):
-        weighted_mean([flat(1), flat(2)], weights)
 
 
 def test_a_fresh_adapter_changes_nothing_yet() -> None:

@@ -11,7 +11,7 @@ from fedstrata.core.errors import BadInput
 from fedstrata.core.identity import Token
 from fedstrata.strategies.base import Inputs, Participant, Setup
 from fedstrata.strategies.disco import activate
-from fedstrata.strategies.hide import Hide, HideConfig, cka, decoupled, top_layers
+from fedstrata.strategies.hide import Hide, HideConfig, decoupled, top_layers
 
 LAYOUT = Layout((("layers.0.up", 3, 4), ("layers.1.up", 3, 4), ("layers.2.down", 2, 3), ("layers.2.up", 3, 4)))
 TOP = frozenset({"layers.2.down", "layers.2.up"})
@@ -25,24 +25,6 @@ def slots(number: int, rank: int = 2) -> list[np.ndarray]:
 
 def deltas(flat: np.ndarray) -> dict[str, np.ndarray]:
     return {name: b @ a for name, (a, b) in LAYOUT.split(flat).items()}
-
-
-# CKA
-
-
-def test_cka_is_1_for_what_is_turned_scaled_and_shifted_and_low_for_what_is_independent() -> None:
-    draw = np.random.default_rng(0)
-    x, turn = draw.normal(size=(60, 8)), np.linalg.qr(draw.normal(size=(8, 8)))[0]
-    assert cka(x, 3 * x @ turn + 5) == pytest.approx(1, abs=1e-12)
-    assert cka(draw.normal(size=(2000, 8)), draw.normal(size=(2000, 8))) < 0.05
-    assert cka(x, np.ones((60, 3))) == 0  # what does not vary is like nothing
-
-
-def test_cka_by_hand() -> None:
-    """x = (−1, 0, 1) and y = (1, −2, 1) are centred and orthogonal; with x + y = (0, −2, 2) it is 2² / (2 · 8)."""
-    x, y = np.array([[-1.0], [0.0], [1.0]]), np.array([[1.0], [-2.0], [1.0]])
-    assert cka(x, y) == 0
-    assert cka(x, x + y) == pytest.approx(4 / 16)
 
 
 # what is expanded, what is fused
