@@ -25,7 +25,8 @@ from fedstrata.core.privacy import epsilon
 from fedstrata.core.seeds import generator
 from fedstrata.scenarios.stream import Example, Scenario, Task
 from fedstrata.server import configure
-from fedstrata.strategies.disco import DiscoConfig, match, place
+from fedstrata.strategies.disco import DiscoConfig
+from fedstrata.strategies.organisation import match, place
 
 DELTA = 1e-5
 CASES = ((200, 1.0), (200, 0.5), (200, 2.0), (100, 1.0), (50, 1.0), (20, 1.0), (10, 1.0), (10, 0.0))  # (n, z)

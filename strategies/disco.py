@@ -4,12 +4,12 @@ Guo et al., "Federated Continual Instruction Tuning", ICCV 2025, arXiv 2503.1289
 
 The server keeps a growing cache of subspaces, each a LoRA adapter with an identity token. A participant first sends
 its token; the server matches it against the cache (cosine ≥ τ) or opens a subspace; the participant trains that
-subspace alone and uploads only it. At inference every input activates the subspaces by a softmax over cosines / ε.
+subspace alone and uploads only it. At inference every input activates the subspaces by a softmax over cosines / ε. The
+arithmetic is in `organisation` and `activation`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,19 +18,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from fedstrata.core import records
-from fedstrata.core.adapters import Flat, Layout, fresh
+from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import PROJECTORS, StrategyConfig, require
-from fedstrata.core.identity import Token, cosines, pooled
+from fedstrata.core.identity import Token
 from fedstrata.core.privacy import TokenConfig
 from fedstrata.core.records import Knowledge
-from fedstrata.strategies.base import Inputs, Participant, Parts, Router, Setup, Strategy, Weights, train_messages
+from fedstrata.strategies.activation import ACTIVATIONS, SelectiveActivation
+from fedstrata.strategies.base import Participant, Parts, Router, Setup, Strategy, train_messages
 from fedstrata.strategies.facts import Facts
-from fedstrata.strategies.merging import MergeConfig, Merging, merge_options
-from fedstrata.strategies.optimizers import Moments, packed, unpacked
-
-Likeness = Callable[[npt.ArrayLike, npt.ArrayLike], npt.NDArray[np.float64]]  # of rows with rows
-ACTIVATIONS = ("softmax", "argmax", "cosine", "concat")
-FEDAVG = MergeConfig()
+from fedstrata.strategies.merging import MergeConfig, merge_options
+from fedstrata.strategies.optimizers import packed, unpacked
+from fedstrata.strategies.organisation import DiscoState, Subspace, Update, organise, place
 
 
 @dataclass(frozen=True)
@@ -54,40 +52,6 @@ class DiscoConfig(MergeConfig, TokenConfig):
         require(self.compat in ("none", "official"), "strategy.compat", "none | official", self.compat)
         good = self.compat == "none" or self.name == "disco"
         require(good, "strategy.compat", f"none with strategy.name={self.name}", self.compat)
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """One piece of the server's knowledge; `count` is N_j, the instructions folded into the token so far."""
-
-    adapter: Flat
-    token: Token
-    moments: Moments | None = None  # the server optimiser's of this subspace, if there is one
-
-
-@dataclass(frozen=True)
-class DiscoState:
-    """The cache. It grows without limit; only filled subspaces are in it, with the layout's tail where it is theirs."""
-
-    subspaces: tuple[Subspace, ...] = ()
-    shared: Flat = field(default_factory=lambda: np.zeros(0, np.float32), compare=False)  # the layout's tail, for all
-    shared_moments: Moments | None = None
-
-    def tokens(self) -> npt.NDArray[np.float32]:
-        """[K, D]; [0, 0] while the cache is empty."""
-        rows = [subspace.token.value for subspace in self.subspaces]
-        return np.stack(rows) if rows else np.zeros((0, 0), dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one participant sent back for its subspace."""
-
-    subspace: int
-    adapter: Flat
-    token: Token
-    shared: Flat = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
-    weight: float | None = None  # of the adapter in its mean; None: the token's count
 
 
 class Disco(Strategy):
@@ -204,127 +168,3 @@ class Disco(Strategy):
             subspaces.append(Subspace(adapter, Token(token, count), moments))
         shared = parts.tensors.get("shared", self.state.shared)
         self.state = DiscoState(tuple(subspaces), shared, unpacked(parts.tensors, "shared."))
-
-
-@dataclass(frozen=True)
-class SelectiveActivation:
-    """SSA: the router over the subspaces' tokens [K, D]."""
-
-    tokens: npt.NDArray[np.float32]
-    epsilon: float
-    activation: str
-    needs_features: bool = True
-
-    def weights(self, inputs: Inputs) -> Weights:
-        if not len(self.tokens):
-            return np.zeros((len(inputs.ids), 0), dtype=np.float32)
-        assert inputs.features is not None, "a router that needs features was given none"
-        return activate(inputs.features, self.tokens, self.epsilon, self.activation)
-
-
-def match(
-    token: npt.ArrayLike, tokens: npt.NDArray[np.float32], tau: float, likeness: Likeness = cosines
-) -> int | None:
-    """j* = argmax_j cos(μ, μ_j) if that cosine is at least τ, else None: the token is new."""
-    if not len(tokens):
-        return None
-    similar = likeness(np.atleast_2d(np.asarray(token)), tokens)[0]
-    best = int(similar.argmax())
-    return best if similar[best] >= tau else None
-
-
-def group(tokens: npt.ArrayLike, tau: float, likeness: Likeness = cosines) -> list[list[int]]:
-    """Groups new tokens [N, D] by single linkage at τ, in the order of their first members.
-
-    The rule for chains: a ~ b and b ~ c put a, b and c into one group even where a ≁ c.
-    """
-    near = likeness(tokens, tokens) >= tau
-    label = list(range(len(near)))
-    for i in range(len(near)):
-        for j in range(i):
-            if near[i, j] and label[i] != label[j]:
-                old, new = max(label[i], label[j]), min(label[i], label[j])
-                label = [new if value == old else value for value in label]
-    return [[i for i, value in enumerate(label) if value == first] for first in sorted(set(label))]
-
-
-def place(
-    tokens: Sequence[Token],
-    cache: npt.NDArray[np.float32],
-    tau: float,
-    min_open: int,
-    likeness: Likeness = cosines,
-) -> list[int | None]:
-    """For every participant the subspace it trains: an old one, a new one (index ≥ K), or None: it sits out.
-
-    A mean over one or two instructions can fall below τ of its own task, so a group of fewer than `min_open`
-    instructions opens nothing.
-    """
-    found = [match(token.value, cache, tau, likeness) for token in tokens]
-    unmatched = [index for index, subspace in enumerate(found) if subspace is None]
-    opened = len(cache)
-    for members in group(np.stack([tokens[i].value for i in unmatched]), tau, likeness) if unmatched else []:
-        if sum(tokens[unmatched[m]].count for m in members) >= min_open:
-            for member in members:
-                found[unmatched[member]] = opened
-            opened += 1
-    return found
-
-
-def organise(
-    state: DiscoState,
-    updates: Iterable[Update],
-    options: MergeConfig = FEDAVG,
-    start: Callable[[int], Flat] | None = None,
-    layout: Layout | None = None,
-) -> DiscoState:
-    """Per subspace the merge of its updates, n_k their weights; μ_j ← (N_j μ_j + Σ n_k μ_k) / (N_j + Σ n_k).
-
-    One pass over the updates; a mean holds none of them. The tail is merged from all of them, whatever their subspace:
-    FCIT's published projector is FedAvg's alone. Subspaces without an update keep their bits; new ones are appended in
-    the order of their indices, and one that nobody filled leaves no gap.
-
-    start: the adapter that a subspace's clients were sent; needed for new ones, unless the mean is their adapter.
-    layout: how a subspace's adapter is read; needed for a merge of products.
-    """
-    known = state.subspaces
-    start = start or (lambda index: known[index].adapter)
-    merges: dict[int, Merging] = {}
-    tokens: dict[int, list[Token]] = {}
-    shared = Merging(options, lambda: state.shared, state.shared_moments)
-    for update in updates:
-        weight, index = update.token.count if update.weight is None else update.weight, update.subspace
-        if index not in merges:
-            moments = known[index].moments if index < len(known) else None
-            merges[index] = Merging(options, partial(start, index), moments, layout)
-        merges[index].add(update.adapter, weight)
-        tokens.setdefault(index, []).append(update.token)
-        if state.shared.size:
-            shared.add(update.shared, weight)
-        del update  # before the next one is loaded
-    subspaces = list(known)
-    for index in sorted(merges):
-        adapter, moments = merges[index].result()
-        before = [known[index].token] if index < len(known) else []
-        subspaces[index : index + 1] = [Subspace(adapter, pooled([*before, *tokens[index]]), moments)]
-    tail = shared.result() if shared.weight else (state.shared, state.shared_moments)
-    return DiscoState(tuple(subspaces), *tail)
-
-
-def activate(
-    features: npt.NDArray[np.float32], tokens: npt.NDArray[np.float32], epsilon: float, kind: str = "softmax"
-) -> Weights:
-    """α [B, K] for features [B, D] over the filled subspaces' tokens [K, D].
-
-    softmax: α_i = exp(cos_i/ε) / Σ_j exp(cos_j/ε) (the paper); argmax: the best alone; cosine: cos_i itself;
-    concat: every subspace at weight 1.
-    """
-    similar = cosines(features, tokens)
-    if kind == "softmax":
-        raised = np.exp((similar - similar.max(axis=1, keepdims=True)) / epsilon)
-        weights = raised / raised.sum(axis=1, keepdims=True)
-    elif kind == "argmax":
-        weights = np.eye(len(tokens))[similar.argmax(axis=1)]
-    else:
-        weights = similar if kind == "cosine" else np.ones_like(similar)
-    return np.asarray(weights, dtype=np.float32)

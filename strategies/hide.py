@@ -29,10 +29,12 @@ from fedstrata.core.config import PROJECTORS, StrategyConfig, require
 from fedstrata.core.errors import BadInput
 from fedstrata.core.records import Knowledge
 from fedstrata.core.shapes import TOWER
+from fedstrata.strategies.activation import SelectiveActivation
 from fedstrata.strategies.base import Router, Setup
 from fedstrata.strategies.controls import Oracle
-from fedstrata.strategies.disco import DiscoConfig, DiscoState, SelectiveActivation
+from fedstrata.strategies.disco import DiscoConfig
 from fedstrata.strategies.facts import Facts
+from fedstrata.strategies.organisation import DiscoState
 from fedstrata.strategies.staged import joined
 
 FUSIONS = ("factor", "delta")

@@ -23,7 +23,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.identity import Token, cosines, pooled
 from fedstrata.strategies.base import LocalHalf, Participant, Parts, Setup, Strategy, passing
-from fedstrata.strategies.disco import Disco, DiscoState, place
+from fedstrata.strategies.disco import Disco
+from fedstrata.strategies.organisation import DiscoState, place
 
 if TYPE_CHECKING:
     from torch import Tensor

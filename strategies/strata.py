@@ -26,8 +26,9 @@ import numpy.typing as npt
 from fedstrata.core.adapters import Flat
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.identity import Token, cosines, pooled
-from fedstrata.strategies.disco import Disco, DiscoConfig, place
+from fedstrata.strategies.disco import Disco, DiscoConfig
 from fedstrata.strategies.facts import Facts
+from fedstrata.strategies.organisation import place
 
 SQUARED_NORMS = {"image": 1.0, "both": 2.0}  # of one instruction's feature (`client.identity`)
 MATCHINGS, STARTS = ("corrected", "plain"), ("nearest", "fresh")

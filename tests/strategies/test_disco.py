@@ -8,19 +8,10 @@ import pytest
 
 from fedstrata.core.adapters import fresh
 from fedstrata.core.identity import Token, cosine
+from fedstrata.strategies.activation import activate
 from fedstrata.strategies.base import Inputs, Participant, Parts, Setup
-from fedstrata.strategies.disco import (
-    Disco,
-    DiscoConfig,
-    DiscoState,
-    Subspace,
-    Update,
-    activate,
-    group,
-    match,
-    organise,
-    place,
-)
+from fedstrata.strategies.disco import Disco, DiscoConfig
+from fedstrata.strategies.organisation import DiscoState, Subspace, Update, group, match, organise, place
 
 EMPTY = np.zeros((0, 0), dtype=np.float32)
 TAU = 0.9  # about 25.8 degrees

@@ -9,8 +9,8 @@ import pytest
 from fedstrata.core.adapters import Layout
 from fedstrata.core.errors import BadInput
 from fedstrata.core.identity import Token
+from fedstrata.strategies.activation import activate
 from fedstrata.strategies.base import Inputs, Participant, Setup
-from fedstrata.strategies.disco import activate
 from fedstrata.strategies.hide import Hide, HideConfig, decoupled, top_layers
 
 LAYOUT = Layout((("layers.0.up", 3, 4), ("layers.1.up", 3, 4), ("layers.2.down", 2, 3), ("layers.2.up", 3, 4)))

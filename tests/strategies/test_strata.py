@@ -11,7 +11,8 @@ import pytest
 from fedstrata.core.errors import BadInput
 from fedstrata.core.identity import Token
 from fedstrata.strategies.base import Participant, Setup
-from fedstrata.strategies.disco import Disco, Subspace, place
+from fedstrata.strategies.disco import Disco
+from fedstrata.strategies.organisation import Subspace, place
 from fedstrata.strategies.strata import Strata, StrataConfig, corrected, products
 
 TEXT = StrataConfig(token="image", tau=0.9)  # features of norm 1: examples below stay small
