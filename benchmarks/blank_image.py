@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fedstrata import scenarios
-from fedstrata.client.app import base_of
 from fedstrata.client.evaluation import Answerer, score
+from fedstrata.client.world import base_of
 from fedstrata.core.scoring import percentages
 from fedstrata.scenarios.stream import Example, Pixels
 from fedstrata.server.export import read_knowledge

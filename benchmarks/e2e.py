@@ -15,7 +15,7 @@ from fedstrata.benchmarks.bases import instructions, llama, write_rows
 from fedstrata.benchmarks.measure import Result, paired, ratios, raw
 from fedstrata.benchmarks.rounds import Rounds, rounds
 from fedstrata.benchmarks.stock import Named, Stock, stock
-from fedstrata.client import app
+from fedstrata.client import world
 from fedstrata.client.batching import batches
 from fedstrata.client.prompts import Prepared
 from fedstrata.core.adapters import Flat
@@ -104,11 +104,11 @@ def tell(folder: Path, run: Rounds, clients: int) -> None:
     """rows.json for the peers: the same base, and every client's rows as tokens in the order of round 1."""
     federation = run.federation
     config = federation.config
-    base = app.base_of(config)
+    base = world.base_of(config)
     rows = []
     for client in range(clients):
         at = Assignment(Binding(federation.run_id, 1, 1, client), (0,), config=federation.config_json)
-        mine = base.tokenise(app.share(federation.scenario, config, at), config.train.max_length)
+        mine = base.tokenise(world.share(federation.scenario, config, at), config.train.max_length)
         seed = derive(config.seed, "batches", 1, 1, client)
         order = [row for batch in batches(len(mine), config.train, seed) for row in batch]
         rows.append([tokens(mine[row]) for row in order])

@@ -10,7 +10,7 @@ from flwr.app import Message
 
 from fedstrata.benchmarks.measure import Cost, Result, cost, raw
 from fedstrata.benchmarks.rounds import Rounds, rounds
-from fedstrata.client import app
+from fedstrata.client import world
 from fedstrata.client.training import Job, Trained, train
 from fedstrata.core import records
 from fedstrata.core.seeds import derive
@@ -47,7 +47,7 @@ def pair(run: Rounds) -> tuple[dict[str, Cost], float]:
     whole = cost(run.next)
     cohorts = [jobs_of(unit) for unit in units(run.asked, run.federation.grid.cohort_size)]  # type: ignore[attr-defined]
     config = run.federation.config
-    base = app.base_of(config)
+    base = world.base_of(config)
     scaling, half = config.lora.scaling, find(config.strategy.name).local_half()
     done: list[Trained] = []
     alone = cost(lambda: done.extend(t for jobs in cohorts for t in train(base, jobs, config.train, scaling, half)))
@@ -62,8 +62,8 @@ def jobs_of(unit: Sequence[Message]) -> list[Job]:
     """What an actor makes of a cohort's messages."""
     jobs = []
     for task in map(records.train_task, unit):
-        config, _, scenario = app.world(task.assignment)
+        config, _, scenario = world.world(task.assignment)
         at = task.assignment.binding
         seed = derive(config.seed, "batches", at.stage, at.round, at.partition)
-        jobs.append(Job(app.share(scenario, config, task.assignment), task.flat, seed))
+        jobs.append(Job(world.share(scenario, config, task.assignment), task.flat, seed))
     return jobs

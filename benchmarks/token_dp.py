@@ -15,10 +15,10 @@ import numpy as np
 
 from fedstrata import scenarios
 from fedstrata.benchmarks.measure import Result
-from fedstrata.client.app import base_of
 from fedstrata.client.identity import identify
 from fedstrata.client.model import BaseModel
 from fedstrata.client.release import release
+from fedstrata.client.world import base_of
 from fedstrata.core.config import RunConfig
 from fedstrata.core.identity import Token, cosine, cosines
 from fedstrata.core.privacy import epsilon

@@ -5,36 +5,31 @@ calls with one message serves a cohort of one.
 """
 
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from PIL import Image
 
-from fedstrata import scenarios
 from fedstrata.client import own
 from fedstrata.client.evaluation import Answerer, score
 from fedstrata.client.footprint import footprint, peak
 from fedstrata.client.identity import identity
-from fedstrata.client.model import BaseModel, load_base
+from fedstrata.client.memory import encoded, remember, remembered
 from fedstrata.client.release import data_name, noise_key, release
 from fedstrata.client.training import Job
 from fedstrata.client.within import train_within
-from fedstrata.core import codec, kernels, records
-from fedstrata.core.adapters import Flat
-from fedstrata.core.config import RunConfig, from_dict
-from fedstrata.core.errors import BadInput
+from fedstrata.client.world import base_of, read_config, share, share_rows, world
+from fedstrata.core import records
+from fedstrata.core.config import RunConfig
 from fedstrata.core.estimate import shape_of
 from fedstrata.core.privacy import own_least, token_options
-from fedstrata.core.records import Assignment, Description, TrainReply, TrainTask
-from fedstrata.core.seeds import derive, generator
-from fedstrata.scenarios.stream import Example, Pixels, Scenario
+from fedstrata.core.records import Assignment, Description, TrainReply
+from fedstrata.core.seeds import derive
+from fedstrata.scenarios.stream import Example, Pixels
 from fedstrata.strategies import find
 from fedstrata.strategies.base import Offer, Row
 
@@ -48,7 +43,6 @@ class CohortApp(ClientApp):
 
 
 app = CohortApp()
-MEMORY = "memory"  # a client's own record in its context; it never travels to the server
 
 
 def serve(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
@@ -81,8 +75,8 @@ def train_cohort(messages: Sequence[Message], contexts: Sequence[Context]) -> li
     for task, payload, context in zip(tasks, records.payloads(messages), contexts, strict=True):
         at, before = task.assignment, remembered(context)
         shares.append(rows := share_rows(scenario, config, at))
-        own = derive(config.seed, "select", at.binding.partition)
-        offer = Offer(rows, before, own, _seed(config, at, "select"))
+        steady = derive(config.seed, "select", at.binding.partition)
+        offer = Offer(rows, before, steady, _seed(config, at, "select"))
         chosen, more = method.selector(config.strategy).select(offer)
         seed = _seed(config, at, "batches")
         jobs.append(Job(scenario.read(chosen), task.flat, seed, task.options, payload, {**before, **more}))
@@ -161,95 +155,6 @@ def answer_question(message: Message, context: Context) -> Message:
     limits = (1, config.train.max_length, config.train.overlong)
     answers = answerer.answer([Example("question", text, "", image)], 0, *limits)
     return records.answer_reply(answers.texts[0], answers.weights[0].tolist(), message)
-
-
-def world(at: Assignment) -> tuple[RunConfig, BaseModel, Scenario]:
-    """The run's config, base model and scenario, cached in the process.
-
-    Raises:
-        BadInput: the server's adapters have another layout than this base model.
-    """
-    config = read_config(at.config)
-    base = base_of(config)
-    if at.layout and at.layout != base.layout.hash:
-        raise BadInput(f"layout: the server's adapters are {at.layout}, this base model's are {base.layout.hash}")
-    if names := own.names_of(at.config):
-        return config, base, own.scenario(config, names, at.binding.partition)
-    return config, base, scenario_of(at.config)
-
-
-@lru_cache(maxsize=4)
-def read_config(text: str) -> RunConfig:
-    """A config from a message."""
-    tree = json.loads(text)
-    tree.pop(records.HELD, None)
-    return from_dict(tree, find(tree["strategy"]["name"]).config_type)
-
-
-def base_of(config: RunConfig) -> BaseModel:
-    """The process's base model; thread count and kernels are set before the first of them runs."""
-    torch.set_num_threads(config.federation.threads)
-    kernels.use(config.model)
-    base = load_base(json.dumps(vars(config.model)), json.dumps(vars(config.lora)), config.strategy.projector)
-    base.train_as(config.strategy)
-    return base
-
-
-@lru_cache(maxsize=2)
-def scenario_of(text: str) -> Scenario:
-    return scenarios.of(read_config(text))
-
-
-def share(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Example]:
-    """The examples of `share_rows`."""
-    return scenario.read(share_rows(scenario, config, at))
-
-
-def share_rows(scenario: Scenario, config: RunConfig, at: Assignment) -> list[Row]:
-    """[(task, row)] of this client-round: the client's share of its tasks, or the part-th of `parts` draws from it.
-
-    Draws are without replacement until the pool is exhausted, then a new order begins (joint training). A pool
-    smaller than `parts` gives one example at a time.
-    """
-    when = (at.binding.stage, at.binding.round) if at.parts == 1 else ()
-    pool = scenario.share(at.tasks, at.binding.partition, *when)
-    if not pool:
-        raise BadInput(f"client {at.binding.partition}: has no examples of tasks {list(at.tasks)}")
-    if at.parts == 1:
-        return pool
-    size = max(1, len(pool) // at.parts)
-    draws = len(pool) // size
-    cycle, part = divmod(at.part, draws)
-    order = generator(config.seed, "pool", at.binding.partition, cycle).permutation(len(pool))
-    last = len(pool) if part == draws - 1 else (part + 1) * size
-    return [pool[row] for row in order[part * size : last]]
-
-
-def encoded(
-    kind: str, task: TrainTask, flat: Flat, memory: Mapping[str, np.ndarray]
-) -> tuple[codec.Parts | None, Mapping[str, np.ndarray]]:
-    """The adapter as `federation.upload` has it (None: whole) and the client's memory, with what rounding left behind.
-
-    That is remembered per subspace and added to the client's next update of the same subspace.
-    """
-    if kind == "float32":
-        return None, memory
-    name = f"upload.{task.options.get('subspace', 0)}"
-    before = memory.get(name)
-    residual = before if before is not None and before.shape == flat.shape else None
-    parts, left = codec.encode(flat, task.flat, residual, kind)
-    return parts, {**memory, name: left}
-
-
-def remembered(context: Context) -> dict[str, np.ndarray]:
-    """What a client remembers of its earlier rounds, {name: array}; its context survives processes and actors."""
-    return {name: array.numpy() for name, array in context.state.array_records.get(MEMORY, {}).items()}
-
-
-def remember(context: Context, memory: Mapping[str, np.ndarray]) -> None:
-    """Keeps it in the context. A round that went astray is not remembered: it would spoil all later ones."""
-    if memory and all(np.isfinite(value).all() for value in memory.values()):
-        context.state[MEMORY] = records.arrays(**memory)
 
 
 def _seed(config: RunConfig, at: Assignment, name: str) -> int:

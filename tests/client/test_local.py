@@ -14,10 +14,10 @@ from flwr.app import Context, RecordDict
 from peft import LoraConfig, get_peft_model
 
 from fedstrata.client.answers import answer_logits
-from fedstrata.client.app import remember, remembered
 from fedstrata.client.batching import batches, collate
 from fedstrata.client.local import LocalContext
 from fedstrata.client.lora import Cohort, adapted
+from fedstrata.client.memory import remember, remembered
 from fedstrata.client.model import BaseModel
 from fedstrata.client.training import Job, answer_loss, train
 from fedstrata.core.adapters import Flat, fresh

@@ -9,11 +9,11 @@ import torch
 from flwr.app import Context, RecordDict
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fedstrata.client.app import base_of
 from fedstrata.client.encoder import ClipTextEncoder
 from fedstrata.client.identity import identify
 from fedstrata.client.model import BaseModel
 from fedstrata.client.release import NOISE, noise_key, release
+from fedstrata.client.world import base_of
 from fedstrata.core.config import FederationSection, RunConfig
 from fedstrata.core.identity import cosine
 from fedstrata.core.privacy import mean_sensitivity

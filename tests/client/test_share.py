@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedstrata.client.app import share
+from fedstrata.client.world import share
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput
 from fedstrata.core.records import Assignment, Binding

@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedstrata.client.app import scenario_of
+from fedstrata.client.world import scenario_of
 from fedstrata.core import durable
 from fedstrata.server import checkpoint, configure, launch
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedstrata.client.app import share
+from fedstrata.client.world import share
 from fedstrata.core.config import FederationSection, RunConfig
 from fedstrata.core.records import Assignment, Binding
 from fedstrata.scenarios.arrival import ArrivalRule, timeline

@@ -10,11 +10,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedstrata import scenarios
 from fedstrata.client.answers import answer_logits
-from fedstrata.client.app import base_of, read_config
 from fedstrata.client.batching import collate
 from fedstrata.client.lora import Cohort, adapted
 from fedstrata.client.model import BaseModel
 from fedstrata.client.training import Job, Trained, train
+from fedstrata.client.world import base_of, read_config
 from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import LoraSection, ModelSection, TrainSection
 from fedstrata.core.errors import BadInput
