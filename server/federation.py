@@ -27,8 +27,8 @@ from fedstrata.server.checks import Kind
 from fedstrata.server.chronicle import Chronicle, Done
 from fedstrata.server.exchange import Exchange, Ledger, Question, Seat, questions
 from fedstrata.server.gate import read_token, read_update
-from fedstrata.server.grids import ParticipantsGrid
 from fedstrata.server.participation import earlier, participants, share_size
+from fedstrata.server.passing import ParticipantsGrid
 from fedstrata.server.progress import Progress
 from fedstrata.server.replies import Replies
 from fedstrata.server.roster import Roster

@@ -110,37 +110,6 @@ class InProcessGrid(LocalGrid):
         """Nothing was started."""
 
 
-class ParticipantsGrid(Grid):
-    """A grid as a Flower strategy sees it while it configures a round: only this round's participants are there."""
-
-    def __init__(self, inner: Grid, nodes: Sequence[int]) -> None:
-        self._inner, self._nodes = inner, list(nodes)
-
-    def set_run(self, run: Run) -> None:
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        return self._inner.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._nodes
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._inner.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._inner.pull_messages(message_ids)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return self._inner.send_and_receive(messages, timeout=timeout)
-
-
 def units(messages: Sequence[Message], cohort_size: int) -> list[list[Message]]:
     """Cuts messages into what one call serves: train messages in cohorts, in the order given; others alone.
 

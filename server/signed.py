@@ -8,36 +8,23 @@ import time
 from collections.abc import Iterable, Mapping
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from fedstrata.core import records, signing
 from fedstrata.server.exchange import PAUSE
-from fedstrata.server.flower_private import Run, as_error
+from fedstrata.server.flower_private import as_error
+from fedstrata.server.passing import PassingGrid
 
 
-class SignedGrid(Grid):
+class SignedGrid(PassingGrid):
     """The grid of a deployment whose clients' keys are known."""
 
     def __init__(self, inner: Grid, keys: Mapping[int, EllipticCurvePublicKey]) -> None:
         """keys: partition → public key."""
-        self._inner, self._keys = inner, keys
+        super().__init__(inner)
+        self._keys = keys
         self._asked: dict[str, int] = {}  # id of a message → the partition that it went to; -1: its answer says it
-
-    def set_run(self, run: Run) -> None:
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        return self._inner.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._inner.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         sent = list(messages)

@@ -10,47 +10,43 @@ prompts and keys as `finetune` does. Different from the paper, which classifies 
 the query is the text's, and prompts are chosen for each input, not by a majority of its batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedstrata.core.adapters import Layout
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.records import Knowledge
-from fedstrata.strategies.base import LocalHalf, Router
+from fedstrata.strategies.base import LocalHalf
 from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.finetune import Finetune
-from fedstrata.strategies.merging import MergeConfig
-from fedstrata.strategies.prompting import KEYS, PROMPTS, Nearest, apart, chosen, nearest, prompt_layout, similar
+from fedstrata.strategies.prompting import (
+    KEYS,
+    PROMPTS,
+    PromptConfig,
+    Prompted,
+    apart,
+    chosen,
+    nearest,
+    prompts_known,
+    similar,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class L2PConfig(MergeConfig):
-    """Options of L2P; `lora.rank` and `lora.targets` say nothing here."""
-
-    in_factors: ClassVar[bool] = True  # there are none, whose product could be merged
+class L2PConfig(PromptConfig):
+    """Options of L2P."""
 
     name: str = "l2p"
     prompts: int = 10  # in the pool
-    length: int = 5  # tokens of a prompt
-    top: int = 5  # prompts that an input gets
-    strength: float = 0.1  # λ, how firmly keys are pulled to the inputs that chose them
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("prompts", "length"):
-            require(getattr(self, key) >= 1, f"strategy.{key}", "at least 1", getattr(self, key))
+        require(self.prompts >= 1, "strategy.prompts", "at least 1", self.prompts)
         rule = f"between 1 and strategy.prompts ({self.prompts})"
-        require(1 <= self.top <= self.prompts, "strategy.top", rule, self.top)
-        good = 0 <= self.strength < float("inf")
-        require(good, "strategy.strength", "a finite number of at least 0", self.strength)
-
-    def trains(self, lora: Layout, hidden: int, features: Callable[[], int]) -> Layout:
-        """A pool in the place of the LoRA."""
-        return prompt_layout(lora, self.name, self.length, hidden, features)
+        require(self.top <= self.prompts, "strategy.top", rule, self.top)
 
 
 class Pulled(LocalHalf):
@@ -71,7 +67,7 @@ class Pulled(LocalHalf):
         return total
 
 
-class L2P(Finetune):
+class L2P(Prompted, Finetune):
     """FedAvg on a pool of prompts that inputs choose from by keys (learning to prompt)."""
 
     facts: ClassVar[Facts] = Facts("2112.08654", "CVPR 2022", encoder=True)
@@ -89,13 +85,4 @@ class L2P(Finetune):
     def knowledge(self) -> Knowledge:
         """Every prompt with its key is an adapter of its own."""
         layout = self.setup.layout
-        (size,) = dict(layout.own)[KEYS]
-        return Knowledge(apart(layout, self.state.adapter), options={"key": size, "top": self.options.top})
-
-    @classmethod
-    def mixes(cls, options: Any) -> bool:
-        return True
-
-    @classmethod
-    def router(cls, knowledge: Knowledge) -> Router:
-        return Nearest.of(knowledge)
+        return prompts_known(layout, apart(layout, self.state.adapter), self.options.top)

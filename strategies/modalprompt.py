@@ -16,7 +16,7 @@ picture side by side, each of norm 1: the cosine to a prototype whose halves hav
 ½ cos(picture) + ½ cos(text).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,14 +24,23 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedstrata.core.adapters import Flat, Layout, fresh
+from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.records import Knowledge
-from fedstrata.strategies.base import LocalHalf, Router, train_messages
+from fedstrata.strategies.base import LocalHalf, train_messages
 from fedstrata.strategies.controls import Oracle
 from fedstrata.strategies.disco import DiscoConfig
 from fedstrata.strategies.facts import Facts
-from fedstrata.strategies.prompting import KEYS, PROMPTS, Nearest, chosen, nearest, prompt_layout, similar
+from fedstrata.strategies.prompting import (
+    KEYS,
+    PROMPTS,
+    PromptConfig,
+    Prompted,
+    chosen,
+    nearest,
+    prompts_known,
+    similar,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +49,8 @@ PAST = "past"
 
 
 @dataclass(frozen=True)
-class ModalPromptConfig(DiscoConfig):
+class ModalPromptConfig(PromptConfig, DiscoConfig):
     """Options of ModalPrompt. Tasks are told, so `tau`, `epsilon`, `activation` and `min_open` decide nothing."""
-
-    in_factors: ClassVar[bool] = True  # there are none, whose product could be merged
 
     name: str = "modalprompt"
     token: str = "both"  # text | image | both: what of an input its prompts are chosen by
@@ -54,14 +61,7 @@ class ModalPromptConfig(DiscoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, least in (("length", 1), ("past", 0), ("top", 1)):
-            require(getattr(self, key) >= least, f"strategy.{key}", f"at least {least}", getattr(self, key))
-        good = 0 <= self.strength < float("inf")
-        require(good, "strategy.strength", "a finite number of at least 0", self.strength)
-
-    def trains(self, lora: Layout, hidden: int, features: Callable[[], int]) -> Layout:
-        """One group with its prototype in the place of the LoRA."""
-        return prompt_layout(lora, self.name, self.length, hidden, features)
+        require(self.past >= 0, "strategy.past", "at least 0", self.past)
 
 
 class Guided(LocalHalf):
@@ -87,7 +87,7 @@ class Guided(LocalHalf):
         return total
 
 
-class ModalPrompt(Oracle):
+class ModalPrompt(Prompted, Oracle):
     """Prompts and a prototype per task; each input is answered behind those of the nearest tasks."""
 
     facts: ClassVar[Facts] = Facts("2410.05849", "EMNLP 2025", encoder=True, grows=1)
@@ -116,14 +116,5 @@ class ModalPrompt(Oracle):
         return 0, (stage - 1) * self.setup.layout.size(1) if self.options.past else 0
 
     def knowledge(self) -> Knowledge:
-        (size,) = dict(self.setup.layout.own)[KEYS]
         adapters = tuple(subspace.adapter for subspace in self.state.subspaces)
-        return Knowledge(adapters, options={"key": size, "top": self.options.top})
-
-    @classmethod
-    def mixes(cls, options: Any) -> bool:
-        return True
-
-    @classmethod
-    def router(cls, knowledge: Knowledge) -> Router:
-        return Nearest.of(knowledge)
+        return prompts_known(self.setup.layout, adapters, self.options.top)

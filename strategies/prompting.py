@@ -1,8 +1,8 @@
-"""What methods that train prompts share: their layout, and which prompts an input gets."""
+"""What methods that train prompts share: their options and layout, and which prompts an input gets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,8 @@ from fedstrata.core.adapters import Flat, Layout
 from fedstrata.core.config import require
 from fedstrata.core.identity import cosines
 from fedstrata.core.records import Knowledge
-from fedstrata.strategies.base import Inputs, Weights
+from fedstrata.strategies.base import Inputs, Router, Strategy, Weights
+from fedstrata.strategies.merging import MergeConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,16 +20,51 @@ if TYPE_CHECKING:
 PROMPTS, KEYS = "prompts", "keys"
 
 
-def prompt_layout(lora: Layout, name: str, length: int, hidden: int, features: Callable[[], int]) -> Layout:
-    """Prompts of `length` tokens with a key each, in the place of the LoRA.
+@dataclass(frozen=True)
+class PromptConfig(MergeConfig):
+    """Options of every method that trains prompts; `lora.rank` and `lora.targets` say nothing here."""
 
-    Raises:
-        BadInput: another kind than lora, or a projector that is trained too.
-    """
-    with_name = f"with strategy.name={name}, which trains prompts"
-    require(lora.kind == "lora", "lora.kind", f"lora {with_name}", lora.kind)
-    require(not lora.dense, "strategy.projector", f"frozen {with_name}", "shared")
-    return Layout((), kind="prompts", own=((PROMPTS, (length, hidden)), (KEYS, (features(),))))
+    in_factors: ClassVar[bool] = True  # there are none, whose product could be merged
+
+    length: int = 5  # tokens of a prompt
+    top: int = 5  # prompts that an input gets
+    strength: float = 0.1  # λ, how firmly keys are drawn to their inputs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("length", "top"):
+            require(getattr(self, key) >= 1, f"strategy.{key}", "at least 1", getattr(self, key))
+        good = 0 <= self.strength < float("inf")
+        require(good, "strategy.strength", "a finite number of at least 0", self.strength)
+
+    def trains(self, lora: Layout, hidden: int, features: Callable[[], int]) -> Layout:
+        """Prompts of `length` tokens with a key each, in the place of the LoRA.
+
+        Raises:
+            BadInput: another kind than lora, or a projector that is trained too.
+        """
+        with_name = f"with strategy.name={self.name}, which trains prompts"
+        require(lora.kind == "lora", "lora.kind", f"lora {with_name}", lora.kind)
+        require(not lora.dense, "strategy.projector", f"frozen {with_name}", "shared")
+        return Layout((), kind="prompts", own=((PROMPTS, (self.length, hidden)), (KEYS, (features(),))))
+
+
+class Prompted(Strategy):
+    """Every input is answered behind the prompts whose keys are nearest to it."""
+
+    @classmethod
+    def mixes(cls, options: Any) -> bool:
+        return True
+
+    @classmethod
+    def router(cls, knowledge: Knowledge) -> Router:
+        return Nearest.of(knowledge)
+
+
+def prompts_known(layout: Layout, adapters: tuple[Flat, ...], top: int) -> Knowledge:
+    """Adapters of one prompt each, as `Nearest.of` reads them."""
+    (size,) = dict(layout.own)[KEYS]
+    return Knowledge(adapters, options={"key": size, "top": top})
 
 
 def apart(layout: Layout, flat: Flat) -> tuple[Flat, ...]:

@@ -16,7 +16,7 @@ from fedstrata.scenarios.definition import Definition, HeldTask
 from fedstrata.scenarios.held import HeldScenario, plan
 from fedstrata.server import roster
 from fedstrata.server.flower_private import become_server, set_message_id
-from fedstrata.server.grids import ParticipantsGrid
+from fedstrata.server.passing import ParticipantsGrid
 from fedstrata.server.roster import Roster
 
 SILENCE = "nothing"

@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from fedstrata.core import records
 from fedstrata.core.errors import BadInput
 from fedstrata.server.flower_private import become_server
-from fedstrata.server.grids import FIRST_NODE, InProcessGrid, ParticipantsGrid, answer, client_context, load_app, units
+from fedstrata.server.grids import FIRST_NODE, InProcessGrid, answer, client_context, load_app, units
+from fedstrata.server.passing import ParticipantsGrid
 
 stock = ClientApp()
 

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedstrata.core import records, signing
 from fedstrata.core.records import Assignment, Binding, Description
 from fedstrata.server.flower_private import become_server, set_message_id
-from fedstrata.server.grids import ParticipantsGrid
+from fedstrata.server.passing import ParticipantsGrid
 from fedstrata.server.signed import SignedGrid
 
 KEY = ec.generate_private_key(ec.SECP384R1())

@@ -9,7 +9,8 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedstrata.core.errors import BadInput
-from fedstrata.server.grids import InProcessGrid, ParticipantsGrid
+from fedstrata.server.grids import InProcessGrid
+from fedstrata.server.passing import ParticipantsGrid
 from fedstrata.strategies import find
 from fedstrata.strategies.base import Participant, Setup
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig

@@ -9,7 +9,8 @@ from flwr.serverapp import strategy as flower
 
 from fedstrata.core import records
 from fedstrata.core.errors import BadInput
-from fedstrata.server.grids import InProcessGrid, ParticipantsGrid
+from fedstrata.server.grids import InProcessGrid
+from fedstrata.server.passing import ParticipantsGrid
 from fedstrata.strategies.base import Participant, Setup
 from fedstrata.strategies.finetune import Finetune, FinetuneConfig
 from fedstrata.strategies.merging import MergeConfig
