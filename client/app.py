@@ -122,7 +122,7 @@ def answer_identify(message: Message, context: Context) -> Message:
         reason = f"strategy.token_min_samples: at least {least} instructions send a token, there are {len(examples)}"
         return records.too_few_reply(reason, message)
     token = release(base, examples, config, noise_key(config, context), data_name(scenario, at))
-    return records.token_reply(token, at.binding, message)
+    return records.token_reply(token, at.binding, message, token_options(config.strategy).token_upload)
 
 
 @app.query("describe")
@@ -136,6 +136,7 @@ def answer_describe(message: Message, context: Context) -> Message:
     if find(config.strategy.name).needs_tokens:
         encoder = identity(base, token_options(config.strategy).token)
         facts = {"encoder": encoder.name, "dim": encoder.dim, "tau": encoder.tau, "epsilon": encoder.epsilon}
+        facts |= dict(zip(("words", "words_tau"), encoder.text, strict=True))
     facts |= {"shape": shape_of(base.model.config).to_json(), "machine": footprint(base.model, base.device).to_json()}
     if names := own.names_of(at.config):
         facts["holding"] = own.holding(config, names, context)

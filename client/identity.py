@@ -34,6 +34,9 @@ class Identity(Protocol):
     def epsilon(self) -> float: ...
     @property
     def norm(self) -> float: ...
+    @property
+    def text(self) -> tuple[int, float]:
+        """How many of its numbers, the first ones, are of the text, and their own match threshold."""
 
     def encode(self, examples: Sequence[Example]) -> Tensor:
         """[B, dim] fp32."""
@@ -50,6 +53,10 @@ class Words:
     def norm(self) -> float:
         return self.encoder.norm
 
+    @property
+    def text(self) -> tuple[int, float]:
+        return self.dim, self.tau
+
     def encode(self, examples: Sequence[Example]) -> Tensor:
         return self.encoder.encode([example.question for example in examples])
 
@@ -58,6 +65,7 @@ class Sight:
     """The tower's feature of the picture, with the paper's τ and ε."""
 
     name, tau, epsilon, norm = "tower", 0.9, 0.05, 1.0
+    text = (0, 0.0)
 
     def __init__(self, base: BaseModel) -> None:
         """Raises `BadInput` for a base without vision."""
@@ -102,6 +110,10 @@ class Both:
     @property
     def norm(self) -> float:
         return math.sqrt(2)
+
+    @property
+    def text(self) -> tuple[int, float]:
+        return self.words.text
 
     def encode(self, examples: Sequence[Example]) -> Tensor:
         return torch.cat([F.normalize(part.encode(examples), dim=1) for part in (self.words, self.sight)], dim=1)

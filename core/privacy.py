@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedstrata.core.config import MULTIPLIER, StrategyConfig, multiplier, require
+from fedstrata.core.config import MULTIPLIER, UPLOADS, StrategyConfig, multiplier, require
 from fedstrata.core.errors import BadInput
 
 Matrix = npt.NDArray[np.float64]
@@ -27,6 +27,7 @@ class TokenConfig(StrategyConfig):
     """Options of every method that asks for identity tokens."""
 
     token: str = "text"  # text | image | both: what of an instruction its identity is made of
+    token_upload: str = "float32"  # float32 | bfloat16 | int8: how it travels
     token_min_samples: int = 1  # a client with fewer instructions sends no token, and is listed
     token_noise: float = 0.0  # z of the Gaussian noise that a client adds to its token; 0: none
     token_clip: float | None = None  # largest norm of one instruction's feature; null: the encoder's own, with noise
@@ -36,6 +37,7 @@ class TokenConfig(StrategyConfig):
         super().__post_init__()
         require(self.token in TOKENS, "strategy.token", " | ".join(TOKENS), self.token)
         key = "strategy.token_"
+        require(self.token_upload in UPLOADS, key + "upload", " | ".join(UPLOADS), self.token_upload)
         require(self.token_min_samples >= 1, key + "min_samples", "at least 1", self.token_min_samples)
         require(multiplier(self.token_noise), key + "noise", MULTIPLIER, self.token_noise)
         good = self.token_clip is None or 0 < self.token_clip < float("inf")

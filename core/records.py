@@ -134,6 +134,8 @@ class Description:
         shape: `core.estimate.Shape` as JSON; empty: unknown.
         machine: `core.machine.Footprint` as JSON; empty: unknown.
         holding: `Holding` as JSON, of a client with a folder of its own; empty: it has none.
+        words: how many of a token's `dim` numbers are of the text, the first ones; 0: none, or a base without tokens.
+        words_tau: the match threshold of these alone.
     """
 
     partition: int
@@ -147,6 +149,8 @@ class Description:
     shape: str = ""
     machine: str = ""
     holding: str = ""
+    words: int = 0
+    words_tau: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -290,9 +294,13 @@ def _adapter(record: ArrayRecord, start: Flat | None) -> Flat:
     return codec.restore(start, {name: view(array) for name, array in record.items()})
 
 
-def token_reply(token: Token, at: Binding, request: Message) -> Message:
+def token_reply(token: Token, at: Binding, request: Message, upload: str = "float32") -> Message:
+    """upload: `strategy.token_upload`, whose rounding is not made up for: a token is sent once."""
+    zeros, parts = np.zeros_like(token.value), {TOKEN: token.value}
+    if upload != "float32":
+        parts, _ = codec.encode(token.value, zeros, None, upload)
     metrics = MetricRecord({COUNT: token.count})
-    content = RecordDict({ARRAYS: arrays(token=token.value), METRICS: metrics, META: ConfigRecord(asdict(at))})
+    content = RecordDict({ARRAYS: arrays(**parts), METRICS: metrics, META: ConfigRecord(asdict(at))})
     return Message(content, reply_to=request)
 
 
@@ -302,7 +310,12 @@ def too_few_reply(reason: str, request: Message) -> Message:
 
 
 def read_token(message: Message) -> Token:
-    value = message.content.array_records[ARRAYS][TOKEN].numpy()
+    parts = {name: array.numpy() for name, array in message.content.array_records[ARRAYS].items()}
+    if TOKEN in parts:
+        value = parts[TOKEN]
+    else:
+        size = max(part.size for part in parts.values())  # of the codes, not of their scales
+        value = codec.restore(np.zeros(size, np.float32), parts)
     return Token(value, int(cast(int, message.content.metric_records[METRICS][COUNT])))
 
 

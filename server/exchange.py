@@ -60,7 +60,7 @@ class Question(Generic[T]):
         size: the length of the reply's array.
         limits: partition → the largest norm of an update; one that is missing has no limit.
         extras: name → shape of what a reply holds beside the array.
-        upload: how the array travels (`federation.upload`).
+        upload: how the array travels (`federation.upload`, `strategy.token_upload`).
     """
 
     read: Callable[[Message, Expected], T]

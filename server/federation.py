@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fedstrata.core import durable, records
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import FedstrataError
+from fedstrata.core.privacy import token_options
 from fedstrata.core.records import Assignment, Binding
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server import checkpoint, clipping, fitting, memory, noise, privacy
@@ -144,7 +145,8 @@ class Federation:
             asked = [seat for seat in seats if self._data(seat) not in self.tokens]
             by_partition = {seat.partition: seat for seat in asked}
             sent = questions(asked, records.IDENTIFY)
-            for passed in self.exchange.ask(Question(read_token, self.dim), asked, sent, ledger):
+            question = Question(read_token, self.dim, upload=token_options(self.config.strategy).token_upload)
+            for passed in self.exchange.ask(question, asked, sent, ledger):
                 self.tokens[self._data(by_partition[passed.partition])] = passed.value
             ledger.few.update(bad.partition for bad in ledger.rejected if bad.kind == Kind.TOO_FEW)
             ledger.rejected = [bad for bad in ledger.rejected if bad.kind != Kind.TOO_FEW]

@@ -29,7 +29,7 @@ class Expected:
         start: the adapter that was sent, where there was one.
         limit: the largest norm that the difference to `start` may have.
         extras: name → shape of every array that the method declares beside the adapter.
-        upload: how the adapter travels (`federation.upload`); encoded, it is a difference to `start`.
+        upload: how the array travels (`federation.upload`, `strategy.token_upload`).
     """
 
     binding: Binding
@@ -160,8 +160,11 @@ def _train(message: Message, want: Expected) -> tuple[TrainReply, float | None]:
 
 
 def read_token(message: Message, want: Expected) -> Token:
-    """A token reply: float32, of the encoder's length, finite, from the known number of instructions."""
-    checks.declared(message.content.array_records[records.ARRAYS][records.TOKEN], want.size)
+    """A token reply: typed as agreed, of the encoder's length, finite, from the known number of instructions."""
+    if want.upload == "float32":
+        checks.declared(message.content.array_records[records.ARRAYS][records.TOKEN], want.size)
+    else:
+        _declared(message, want)
     token = records.read_token(message)
     checks.decoded(token.value, want.size)
     checks.counted(_count(message), want.samples)

@@ -14,6 +14,7 @@ from rich.console import Console
 from fedstrata.core import codec
 from fedstrata.core.adapters import Layout
 from fedstrata.core.config import RunConfig, to_dict
+from fedstrata.core.privacy import token_options
 from fedstrata.scenarios.stream import Scenario
 from fedstrata.server import calibrate, preparing
 from fedstrata.server.fitting import on_one_device
@@ -175,11 +176,11 @@ def _bytes(
     """stages: every visit of each."""
     whole = layout.size(strategy.adapter_rank)
     beside = [strategy.beside(visit.stage, visit.round) for stage in stages for visit in stage]
-    token = 4 * dim if strategy.needs_tokens else 0
+    token = codec.nbytes(token_options(config.strategy).token_upload, dim) if strategy.needs_tokens else 0
     asked = {(v.client, scenario.data_key(v.tasks, v.client, v.stage, v.round)) for stage in stages for v in stage}
     up = sum(codec.nbytes(config.federation.upload, whole) + 4 * more for more, _ in beside) + token * len(asked)
     down = sum(4 * (whole + more) for _, more in beside)
-    return Bytes(up, down, _scored(config, scenario, strategy, layout, token, stages))
+    return Bytes(up, down, _scored(config, scenario, strategy, layout, 4 * dim if token else 0, stages))
 
 
 def _scored(

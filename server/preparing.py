@@ -140,7 +140,7 @@ def setup(config: RunConfig, says: Description, tasks: int) -> Setup:
     """What a strategy is told before the first stage."""
     layout, lora, f = Layout.from_json(says.layout), config.lora, config.federation
     told = (config.seed, layout, lora.rank, tasks, says.tau, says.epsilon, lora.init)
-    return Setup(*told, clients=f.clients, rounds=f.rounds_per_stage)
+    return Setup(*told, f.clients, f.rounds_per_stage, says.words, says.words_tau)
 
 
 def open_grid(config: RunConfig) -> LocalGrid:

@@ -19,7 +19,7 @@ from fedstrata.server.exchange import PAUSE, describe, describe_all
 
 MOST = 600.0  # seconds that a node may take to describe itself: its base is loaded for the first time then
 PATIENCE = 64  # looks at most between two questions to a node that does not answer
-SAME = ("layout", "base_hash", "encoder", "dim", "tau", "epsilon")  # of all clients' descriptions
+SAME = ("layout", "base_hash", "encoder", "dim", "tau", "epsilon", "words", "words_tau")  # of all clients' descriptions
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ def read_description(message: Message) -> Description:
         raise Refused(Kind.SCHEMA, f"description: {error or type(error).__name__}") from error
     checks.check(_is_count(says.partition), Kind.RANGE, f"partition-id: must be a whole number, got {says.partition!r}")
     checks.check(_is_count(says.dim) and says.dim >= 0, Kind.RANGE, f"dim: must be at least 0, got {says.dim!r}")
-    for name in ("tau", "epsilon"):
+    words = _is_count(says.words) and 0 <= says.words <= says.dim
+    checks.check(words, Kind.RANGE, f"words: must be a part of dim, {says.dim!r}, got {says.words!r}")
+    for name in ("tau", "epsilon", "words_tau"):
         value = getattr(says, name)
         good = isinstance(value, float | int) and math.isfinite(value)
         checks.check(good, Kind.NOT_FINITE, f"{name}: must be finite, got {value!r}")

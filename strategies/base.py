@@ -42,6 +42,8 @@ class Setup:
     init: str = "uniform"  # how a new adapter's A is drawn (`core.adapters.fresh`)
     clients: int = 1  # N, all clients of the federation
     rounds: int = 1  # rounds of one stage
+    words: int = 0  # of a token's numbers the first ones, which are of the text (`strategy.token`)
+    words_tau: float = 0.0  # their match threshold
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,18 @@ def test_a_token_reply_survives() -> None:
     assert records.binding(message) == AT
 
 
+def test_a_token_travels_in_fewer_bits_within_half_a_step() -> None:
+    """int8: the largest number of a group of 64 is code 127, so half a step is at most a 254th of it, and its scale is
+    rounded up by at most a 128th."""
+    value = np.linspace(-1, 3, 225, dtype=np.float32)
+    for upload, error, nbytes in (("bfloat16", 3 / 256, 450), ("int8", 3 / 254 * (1 + 1 / 128), 225 + 2 * 4)):
+        message = wired(records.token_reply(Token(value, 9), AT, request(kind=records.IDENTIFY), upload))
+        token = records.read_token(message)
+        assert token.value.dtype == np.float32
+        assert np.abs(token.value - value).max() <= error
+        assert records.tensor_bytes([message]) == nbytes
+
+
 def test_knowledge_and_shard_survive_in_one_message() -> None:
     many = tuple(flat(index, -index) for index in range(11))  # eleven: as texts, flat.10 sorts before flat.2
     tokens = np.arange(22, dtype=np.float32).reshape(11, 2)

@@ -290,6 +290,24 @@ def token_gate(value: np.ndarray, count: int) -> tuple[list[tuple[Message, Token
     return pass_replies([asked], [message], {2: Expected(binding(0), 3, SAMPLES)}, read_token)
 
 
+def test_an_encoded_token_must_travel_as_was_agreed() -> None:
+    asked = request(0, records.IDENTIFY)
+    value = np.array([1, -2, 3], np.float32)
+    for upload, reason in (("int8", ""), ("float32", "flat.int8"), ("bfloat16", "flat.int8")):
+        message = records.token_reply(Token(value, SAMPLES), binding(0), asked, upload)
+        want = Expected(binding(0), 3, SAMPLES, upload="int8")
+        good, bad = pass_replies([asked], [message], {2: want}, read_token)
+        assert [reason in each.reason for each in bad] == [True] * bool(reason)
+        assert [np.abs(token.value - value).max() <= 3 / 254 * 1.01 for _, token in good] == [True] * (not reason)
+    message.content.array_records[records.ARRAYS].clear()
+    scales = np.array([records.codec.INFINITE], np.uint16)
+    message.content.array_records[records.ARRAYS].update(
+        records.arrays(**{"flat.int8": np.ones(3, np.int8), "flat.scales": scales})
+    )
+    _, (bad_scale,) = pass_replies([asked], [message], {2: want}, read_token)
+    assert "must be finite" in bad_scale.reason
+
+
 def test_a_good_token_passes() -> None:
     ((_, token),), bad = token_gate(np.array([1, 2, 3], np.float32), SAMPLES)
     assert token.value.tolist() == [1, 2, 3]
