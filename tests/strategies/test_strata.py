@@ -146,7 +146,7 @@ def test_the_first_subspace_and_start_fresh_are_drawn_as_discos(setup: Setup, se
 
 
 def test_domains_of_one_prompt_get_subspaces_of_their_own(federate: Any) -> None:
-    words = ("scenario.name=fcit-mini-short-domain", "federation.rounds_per_stage=1", "evaluate.shard=20")
+    words = ("scenario.name=fcit-mini-small-domain", "federation.rounds_per_stage=1", "evaluate.shard=20")
     disco, strata = federate("disco", *words), federate("strata", *words)
     assert (disco.summary["subspaces"], strata.summary["subspaces"]) == (1, 2)
     assert strata.summary["forgetting"] <= disco.summary["forgetting"]
