@@ -3,9 +3,13 @@
 One file per round in which the client trained, `memory/<run>-<partition>/<stage>-<round>`, holding what it remembered
 after it. Whoever is asked to train round r begins with the newest file *before* r and drops the others: a round that is
 asked for again (the server resumed, or a new run of the same config began) finds what it found the first time.
+
+Nobody tells a client that a run is over, so the memories of the last `RUNS` runs stay; when a new run begins, older
+ones go. A run that is resumed after that many others finds no memory, as if the client came late.
 """
 
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from fedstrata.core import durable
 from fedstrata.core.config import require
 from fedstrata.core.records import Binding
 
+RUNS = 8  # whose memories are kept
 When = tuple[int, int]  # stage, round
 
 
@@ -36,6 +41,8 @@ class Keep:
     def store(self, at: Binding, state: RecordDict) -> None:
         """What it remembers after this round, whole or not at all; of earlier ones, the last of each stage stays."""
         folder = self._folder(at)
+        if not folder.exists():
+            self._forget(RUNS - 1)
         durable.make_folder(folder)
         durable.sweep(folder)
         data = recorddict_to_proto(state).SerializeToString()
@@ -61,6 +68,14 @@ class Keep:
         good = numbers and re.fullmatch("[0-9a-f]{1,64}", at.run) is not None
         require(good, "message", "of a run named by 1 to 64 hex digits, at a whole stage, round and client", at)
         return self.home / f"{at.run}-{at.partition}"
+
+    def _forget(self, most: int) -> None:
+        """Of the runs before, those in which the client trained last stay; a memory goes whole or not at all."""
+        runs = [path for path in self.home.glob("*-*") if path.is_dir() and not path.name.startswith(".")]
+        for path in sorted(runs, key=lambda path: path.stat().st_mtime_ns)[: max(0, len(runs) - most)]:
+            path.rename(path.with_name(f".{path.name}"))
+        for path in self.home.glob(".*-*"):  # also what was left when it was killed here
+            shutil.rmtree(path)
 
     def _kept(self, at: Binding) -> dict[When, Path]:
         """(stage, round) → file."""

@@ -1,8 +1,8 @@
 """The process beside a SuperNode that keeps the base model loaded and serves one message after the other.
 
 `python -m fedstrata.client.trainer`, started and restarted by `fedstrata deploy node`. What the client remembers is
-kept on its own disk, replies are signed with the node's own key, and errors leave without what they say: it may be a
-path, a name or a piece of the data.
+kept on its own disk, replies and errors are signed with the node's own key, and errors leave without what they say: it
+may be a path, a name or a piece of the data.
 """
 
 import faulthandler
@@ -16,16 +16,15 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
-from flwr.app import Context, Error, Message, RecordDict
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import Context, Message, RecordDict
 
 from fedstrata.client import line
 from fedstrata.client.keep import Keep
-from fedstrata.core import records, signing
+from fedstrata.core import records
 from fedstrata.core.errors import BadInput
 
-HOME, CERTS = "FEDSTRATA_HOME", "FEDSTRATA_CERTS"
-KEY = "node.key"
-FAILED = 2  # Flower's code of a ClientApp that raised
+HOME = "FEDSTRATA_HOME"
 SILENT = 60.0  # seconds until whoever connected must have said what it wants
 log = logging.getLogger("fedstrata.trainer")
 
@@ -33,26 +32,24 @@ log = logging.getLogger("fedstrata.trainer")
 class Trainer:
     """One client: its memory, its key, and the ClientApp."""
 
-    def __init__(self, home: Path, key: Path | None) -> None:
-        """key: the node's private key; None: replies are not signed."""
-        self._keep = Keep(home)
-        self._key = signing.private_key(key) if key else None
+    def __init__(self, home: Path, key: EllipticCurvePrivateKey | None) -> None:
+        """key: the node's own; None: replies are not signed."""
+        self._keep, self._key = Keep(home), key
 
     def answer(self, message: Message, context: Context) -> Message:
-        """The reply; an error of whatever kind becomes an error reply that names the kind alone."""
+        """The signed reply; an error of whatever kind becomes an error reply that names the kind alone."""
+        return line.seal(self._answer(message, context), message, context, self._key)
+
+    def _answer(self, message: Message, context: Context) -> Message:
         try:
             at = records.binding(message)
             partition = int(context.node_config.get("partition-id", -1))
             if at.partition not in (-1, partition):
                 raise BadInput(f"partition-id: this client is {partition}, the message is for {at.partition}")
-            reply = self._serve(message, context, at)
-            if self._key and reply.has_content():
-                signing.sign(reply, partition, message.metadata.message_id, self._key)
-            return reply
+            return self._serve(message, context, at)
         except Exception as error:
             log.error("%s failed", message.metadata.message_type, exc_info=not isinstance(error, BadInput) or error)
-            reason = f"{type(error).__name__}; the client's own log says more"
-            return Message(Error(FAILED, reason), reply_to=message)
+            return line.failed(message, f"{type(error).__name__}; the client's own log says more")
 
     def _serve(self, message: Message, context: Context, at: records.Binding) -> Message:
         """The ClientApp's reply, with the client's memory in its context and put away again afterwards."""
@@ -99,10 +96,10 @@ def main() -> None:
     """Listens until it is told to end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    home, certs = Path(os.environ[HOME]), os.environ.get(CERTS)
+    home = Path(os.environ[HOME])
     socket = line.address(home)
     socket.unlink(missing_ok=True)
-    trainer = Trainer(home, Path(certs) / KEY if certs else None)
+    trainer = Trainer(home, line.node_key())
     importlib.import_module("fedstrata.client.app")  # torch and its like, before the first message comes
     with Listener(str(socket), "AF_UNIX", authkey=line.token_of(socket).read_bytes()) as door:
         log.info("listening")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 SERVER_APP, CLIENT_APP = "fedstrata.server.app:app", "fedstrata.client.shim:app"
 # the run config that may be set, and its defaults, as TOML
-CONFIG = {"recipe": '""', "overrides": '""', "resume": "false", "rehearse": "false"}
+CONFIG = {"recipe": '""', "overrides": '""', "resume": "false", "rehearse": "false", "insecure": "false"}
+REFUSED = "bad input: "  # how the ServerApp's last words begin when another try would end as this one did
 
 
 def text() -> str:

@@ -30,6 +30,7 @@ FLAT, TOKEN, TOKENS, COUNT = "flat", "token", "tokens", "num-examples"
 TOO_FEW = 100  # code of an error reply: fewer instructions than a token needs; Flower's own codes end at 8
 NOTHING = ArrayRecord()
 FORGED = 101  # code of an error that stands for a reply whose signature does not hold
+SILENT = 102  # … for an error that nobody signed: it says nothing of the client that was asked
 HELD = "tasks"  # beside a config on the wire: the names of the tasks whose data the clients hold
 TRAIN_METRICS = {COUNT, "loss", "steps", "seconds"}
 

@@ -1,7 +1,8 @@
 """A reply signed with its node's own key: an authenticated node cannot answer for another one, nor answer twice.
 
 Flower binds a key to a connection, not to what is sent over it. The signature is over the run, stage, round and
-partition that a reply belongs to, the message that it answers, and everything in it; it travels in a record of its own.
+partition that a reply belongs to, the message that it answers, and everything in it. It travels in a record of its own;
+an error reply, which has no records, has it behind its reason.
 """
 
 import hashlib
@@ -13,11 +14,13 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedstrata.core.errors import BadInput
+from fedstrata.core.records import Binding
 
 SIGNATURE, VALUE = "signature", "value"
+MARK = "\nsignature: "  # between an error's reason and its signature, which is written in hex
 
 
 def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -48,29 +51,51 @@ def public_keys(folder: Path) -> dict[int, ec.EllipticCurvePublicKey]:
     return found
 
 
-def sign(reply: Message, partition: int, request: str, key: ec.EllipticCurvePrivateKey) -> None:
-    """Adds the signature to a reply with content. request: the id of the message that it answers."""
-    value = key.sign(_claim(reply.content, partition, request), ec.ECDSA(SHA256()))
-    reply.content[SIGNATURE] = ConfigRecord({VALUE: value})
+def sign(reply: Message, at: Binding, request: str, key: ec.EllipticCurvePrivateKey) -> None:
+    """Adds the signature to a reply. at: what it belongs to and whose it is; request: the id of what it answers."""
+    value = key.sign(_claim(reply, at, request), ec.ECDSA(SHA256()))
+    if reply.has_error():
+        reply.error = Error(reply.error.code, f"{reply.error.reason or ''}{MARK}{value.hex()}")
+    else:
+        reply.content[SIGNATURE] = ConfigRecord({VALUE: value})
 
 
-def holds(reply: Message, partition: int, keys: Mapping[int, ec.EllipticCurvePublicKey]) -> bool:
-    """Whether this partition's node has signed exactly this answer to exactly this message."""
-    content, key = reply.content, keys.get(partition)
-    value = content.config_records.get(SIGNATURE, ConfigRecord()).get(VALUE)
+def unsigned(reply: Message) -> bool:
+    """Whether a reply carries no signature at all, not even a false one."""
+    if reply.has_error():
+        return MARK not in (reply.error.reason or "")
+    return SIGNATURE not in reply.content
+
+
+def verify(reply: Message, at: Binding, keys: Mapping[int, ec.EllipticCurvePublicKey]) -> bool:
+    """Whether the node of `at.partition` signed exactly this answer to exactly this message.
+
+    The signature is taken off. Raises whatever decoding a stranger's answer may raise.
+    """
+    key, value = keys.get(at.partition), _taken_off(reply)
     if key is None or not isinstance(value, bytes):
         return False
-    signed = RecordDict({name: content[name] for name in content if name != SIGNATURE})
     try:
-        key.verify(value, _claim(signed, partition, reply.metadata.reply_to_message_id), ec.ECDSA(SHA256()))
+        key.verify(value, _claim(reply, at, reply.metadata.reply_to_message_id), ec.ECDSA(SHA256()))
     except InvalidSignature:
         return False
     return True
 
 
-def _claim(content: RecordDict, partition: int, request: str) -> bytes:
-    """What is signed. Run, stage and round are in the content's `meta`."""
-    return json.dumps(["fedstrata reply", partition, request, content_hash(content)]).encode()
+def _taken_off(reply: Message) -> object:
+    """The signature, or what stands in its place."""
+    if not reply.has_error():
+        record = reply.content.pop(SIGNATURE, None)
+        return record.get(VALUE) if isinstance(record, ConfigRecord) else None
+    said, _, value = (reply.error.reason or "").rpartition(MARK)
+    reply.error = Error(reply.error.code, said)
+    return bytes.fromhex(value)
+
+
+def _claim(reply: Message, at: Binding, request: str) -> bytes:
+    """What is signed."""
+    said = ["error", reply.error.code, reply.error.reason or ""] if reply.has_error() else content_hash(reply.content)
+    return json.dumps(["fedstrata reply", at.run, at.stage, at.round, at.partition, request, said]).encode()
 
 
 def content_hash(content: RecordDict) -> str:

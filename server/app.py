@@ -9,10 +9,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from fedstrata.core import signing
+from fedstrata.core import flowerapp, signing
 from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput, FedstrataError
 from fedstrata.server import configure, launch
+from fedstrata.server.flower_private import simulated
 from fedstrata.server.rehearsal import rehearse
 from fedstrata.server.runfolder import CONFIG
 from fedstrata.server.signed import SignedGrid
@@ -28,10 +29,18 @@ def main(grid: Grid, context: Context) -> None:
 
     resume: goes on with the run that `run.dir` holds, if it holds one: Flower cannot restart a run, we can.
     rehearse: one dry round with every client (`fedstrata deploy check --round`).
+    insecure: a deployment without keys, whose replies are not signed.
     """
+    try:
+        _serve(grid, context)
+    except BadInput as error:
+        raise BadInput(f"{flowerapp.REFUSED}{error}") from error
+
+
+def _serve(grid: Grid, context: Context) -> None:
+    grid = trusted(grid, bool(context.run_config.get("insecure", False)))
     config = _config(str(context.run_config.get("recipe", "")), str(context.run_config.get("overrides", "")))
     _await_nodes(grid, config.federation.clients)
-    grid = trusted(grid)
     if context.run_config.get("rehearse", False):
         rehearse(config, grid, Console())
         return
@@ -52,10 +61,23 @@ def _config(recipe: str, overrides: str) -> RunConfig:
     return configure.resolve(recipe, [*words, "federation.grid=flower", "federation.cohort_size=1"])
 
 
-def trusted(grid: Grid) -> Grid:
-    """The grid; with the clients' keys in `FEDSTRATA_NODES` one that lets no unsigned answer through."""
-    folder = os.environ.get(NODES)
-    return SignedGrid(grid, signing.public_keys(Path(folder))) if folder else grid
+def trusted(grid: Grid, insecure: bool) -> Grid:
+    """A deployment's grid, which lets no answer through but those that the clients' keys in `FEDSTRATA_NODES` signed.
+
+    Flower's simulation has no keys, and its grid stays as it is.
+
+    Raises:
+        BadInput: a deployment without keys that was not told to be insecure.
+    """
+    if folder := os.environ.get(NODES):
+        return SignedGrid(grid, signing.public_keys(Path(folder)))
+    if not insecure and not simulated(grid.run):
+        raise BadInput(
+            f"{NODES}: must name the folder of the clients' public keys, which `fedstrata deploy keys` makes as "
+            "server/nodes, in the environment of the server's flower-superexec: without it no reply's signature can be "
+            "checked; for tests on one machine: `fedstrata deploy run --insecure`"
+        )
+    return grid
 
 
 def _await_nodes(grid: Grid, clients: int) -> None:

@@ -17,6 +17,7 @@ class Kind(StrEnum):
 
     FAILED = "failed"  # the client said so
     TOO_FEW = "too few"  # the client said that it holds too few instructions for a token; no fault of its own
+    SILENT = "silent"  # an error that it did not sign, of Flower's making or anybody's: it said nothing
     LATE = "late"  # it did not come in time, or came for an exchange that is over
     UNREADABLE = "unreadable"  # cannot be decoded
     SCHEMA = "schema"  # records or keys are missing, or there are too many

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fedstrata import scenarios
 from fedstrata.core.errors import FedstrataError
-from fedstrata.server import configure, deploynodes, deployrun
+from fedstrata.server import configure, deploykeys, deploynodes, deployrun
 from fedstrata.server.deployflower import Flower, Place
 from fedstrata.server.runfolder import EVENTS, read_events
 
@@ -77,14 +77,16 @@ def _certificate(path: Path, authority: x509.Certificate) -> str:
     try:
         certificate.verify_directly_issued_by(authority)
     except Exception as error:  # cryptography raises several kinds; each means the same
-        raise FedstrataError(f"{path}: is not by the authority in ca.crt") from error
+        raise FedstrataError(
+            f"{path}: is not by the authority in ca.crt; where that is kept: `{deploykeys.how(path.stem)}`"
+        ) from error
     left = (certificate.not_valid_after_utc - datetime.now(UTC)).days
     if certificate.not_valid_before_utc > datetime.now(UTC):
         raise FedstrataError(
             f"{path}: is valid from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; is the clock right?"
         )
     if left < SOON:
-        raise FedstrataError(f"{path}: ends in {left} days; `fedstrata deploy keys --rotate {path.stem}`")
+        raise FedstrataError(f"{path}: ends in {left} days; where the authority is kept: `{deploykeys.how(path.stem)}`")
     return f"valid for {left} days"
 
 
@@ -134,11 +136,11 @@ def dry_round(flower: Flower, recipe: str, words: Sequence[str], folder: Path, c
     """
     clients = configure.resolve(recipe, words).federation.clients
     deployrun.reach(flower, console)
-    deploynodes.register(flower)
     if run := deployrun.running(flower):
         raise FedstrataError(f"Flower run {run} is going on; a dry round would wait for it")
-    asked = [*deployrun.defaults(recipe, words), *words, f"run.dir={folder}"]
-    run = deployrun.submit(flower, recipe, asked, "rehearse")
+    deploynodes.register(flower)
+    all_words = [*deployrun.defaults(recipe, words), *words, f"run.dir={folder}"]
+    run = deployrun.submit(flower, deployrun.settings(flower.place, recipe, all_words, "rehearse"))
     status, details = deployrun.watch(flower, run, lambda: None)
     events = read_events(folder / EVENTS)
     rows = {row["client"]: row for event in events if event["event"] == "round" for row in event["participants"]}

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flwr.app.user_config import UserConfig
+
 from fedstrata.core.config import require
 from fedstrata.core.errors import BadInput, FedstrataError
+from fedstrata.server import deploykeys
+from fedstrata.server.flower_private import NodeInfo, NodeStatus, list_nodes, run_settings
+from fedstrata.server.node import LOCAL
 
 CONNECTION = "deployment"
 
@@ -20,7 +25,7 @@ class Place:
     """Where a deployment's SuperLink is and what belongs to its server host.
 
     address: host:port; certs: the folder `server` that `fedstrata deploy keys` made, None without TLS; home: a folder
-    of our own, for Flower's settings and the list of registered nodes.
+    of our own, for Flower's settings.
     """
 
     address: str
@@ -37,17 +42,21 @@ def place_of(environment: Mapping[str, str], insecure: bool) -> Place:
     """The place that FEDSTRATA_SUPERLINK, FEDSTRATA_CERTS and FEDSTRATA_HOME name.
 
     Raises:
-        BadInput: one is missing, or the folder of certificates holds no ca.crt.
+        BadInput: one is missing, the folder of certificates holds no ca.crt, or it is insecure and not on this machine.
     """
     address, home = environment.get("FEDSTRATA_SUPERLINK", ""), environment.get("FEDSTRATA_HOME", "")
     host, _, port = address.rpartition(":")
     require(bool(host) and port.isdigit(), "FEDSTRATA_SUPERLINK", "host:port of the SuperLink", address)
     require(bool(home), "FEDSTRATA_HOME", "a folder of this host's own", home)
     if insecure:
+        require(host in LOCAL, "--insecure", f"used with a SuperLink on this machine alone ({LOCAL[0]})", host)
         return Place(address, None, Path(home).resolve())
     certs = Path(environment.get("FEDSTRATA_CERTS", "")).resolve()
     if not (certs / "ca.crt").is_file():
-        raise BadInput(f"FEDSTRATA_CERTS: {certs} holds no ca.crt; `fedstrata deploy keys` makes one")
+        raise BadInput(
+            f"FEDSTRATA_CERTS: {certs} holds no ca.crt; where the authority is kept, this puts it into every party's "
+            f"folder: `{deploykeys.how()}`"
+        )
     return Place(address, certs, Path(home).resolve())
 
 
@@ -83,17 +92,25 @@ class Flower:
         """Ends a run."""
         self._ask("stop", run)
 
-    def nodes(self) -> list[dict[str, Any]]:
-        """The registered nodes, as `flwr supernode ls` lists them."""
-        return list(self._ask("supernode", "ls")["nodes"])
+    def settings(self, run: str) -> UserConfig:
+        """The run config with which a run was submitted."""
+        return run_settings(self.place.address, self.place.authority, int(run))
 
-    def register(self, public: Path, name: str) -> str:
-        """Lets the owner of a public key connect; returns the node's id."""
-        return str(self._ask("supernode", "register", str(public), CONNECTION, "--name", name)["node-id"])
+    def nodes(self) -> list[NodeInfo]:
+        """The nodes that may connect, with their public keys; not those that were unregistered."""
+        return [node for node in self.all_nodes() if node.status != NodeStatus.UNREGISTERED]
 
-    def unregister(self, node: str) -> None:
+    def all_nodes(self) -> list[NodeInfo]:
+        """Also those that were unregistered: Flower never takes their keys again."""
+        return list_nodes(self.place.address, self.place.authority)
+
+    def register(self, public: Path, name: str) -> None:
+        """Lets the owner of a public key connect."""
+        self._ask("supernode", "register", str(public), CONNECTION, "--name", name)
+
+    def unregister(self, node: int) -> None:
         """Shuts a node out."""
-        self._ask("supernode", "unregister", node, CONNECTION)
+        self._ask("supernode", "unregister", str(node), CONNECTION)
 
     def _ask(self, *words: str) -> dict[str, Any]:
         """Raises FedstrataError with Flower's message where Flower refuses or cannot be reached."""

@@ -23,7 +23,7 @@ def keys(
     host: Annotated[
         list[str] | None, typer.Option(help="A further name or address of server and gate; repeatable.")
     ] = None,
-    rotate: Annotated[str, typer.Option(help="server, gate or client-K: replace its key.")] = "",
+    rotate: Annotated[str, typer.Option(help="ca, server, gate or client-K: replace its key.")] = "",
 ) -> None:
     """Make the authority, certificates and node keys; what is there is kept, unless it is to be rotated."""
     from fedstrata.server import deploykeys

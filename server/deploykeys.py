@@ -27,6 +27,7 @@ from fedstrata.core.config import require
 from fedstrata.core.errors import BadInput
 
 LOCAL = ("localhost", "127.0.0.1")
+AUTHORITY = "ca"
 AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
 PARTIES = ("server", "gate")
 
@@ -35,17 +36,23 @@ def make(to: Path, clients: int, hosts: Sequence[str] = (), rotate: str = "") ->
     """Makes what is missing, and what `rotate` names anew; returns the names of what was made.
 
     hosts: further names and addresses by which server and gate are reached (none: a certificate made anew keeps the
-    old one's); rotate: server, gate or client-K.
+    old one's); rotate: ca, server, gate or client-K. A new authority brings new certificates and no new node keys.
 
     Raises:
-        BadInput: no clients, an unknown name to rotate, or an authority of which a half is missing.
+        BadInput: no clients, an unknown name to rotate, an authority of which a half is missing, or a certificate that
+            stands and does not name one of the hosts.
     """
     names = [f"client-{number}" for number in range(clients)]
+    every = (AUTHORITY, *PARTIES, *names)
     require(clients > 0, "--clients", "at least 1", clients)
-    require(rotate in ("", *PARTIES, *names), "--rotate", f"one of {', '.join((*PARTIES, *names))}", rotate)
-    made = [] if _authority(to) else [_new_authority(to)]
+    require(rotate in ("", *every), "--rotate", f"one of {', '.join(every)}", rotate)
+    there = _authority(to)
+    if not rotate:
+        _certified(to, clients, hosts)
+    anew = rotate == AUTHORITY or not there
+    made = [_new_authority(to)] if anew else []
     for party in PARTIES:
-        if party == rotate or not (to / party / f"{party}.crt").exists():
+        if anew or party == rotate or not (to / party / f"{party}.crt").exists():
             names_of = [party, *(("superlink",) if party == "server" else ()), *LOCAL, *(hosts or _hosts(to, party))]
             made.append(_certify(to, party, list(dict.fromkeys(names_of))))
     if not (to / "server" / "superexec.secret").exists():
@@ -54,9 +61,28 @@ def make(to: Path, clients: int, hosts: Sequence[str] = (), rotate: str = "") ->
         places = (to / name / "node.key", to / "server" / "nodes" / f"{name}.pub")
         if name == rotate or not any(path.exists() for path in places):
             made.append(_node(to, name))
+    for name in (*PARTIES, *names):
         if (to / name).is_dir():
             _write(to / name / "ca.crt", (to / "ca" / "ca.crt").read_bytes())
     return made
+
+
+def how(rotate: str = "", clients: int = 0, hosts: Sequence[str] = (), to: object = "KEYS") -> str:
+    """The command that makes a key anew, or without `rotate` what is missing. KEYS: the folder of all keys."""
+    words = ["fedstrata deploy keys", f"--to {to}", *([f"--clients {clients}"] if clients else [])]
+    words += [f"--rotate {rotate}"] if rotate else []
+    return " ".join([*words, *(f"--host {host}" for host in hosts)])
+
+
+def _certified(to: Path, clients: int, hosts: Sequence[str]) -> None:
+    """Raises `BadInput` for a certificate that stands and does not name all hosts: nothing replaces it by itself."""
+    for party in PARTIES:
+        named = _hosts(to, party)
+        if named and (missing := [host for host in hosts if host not in named]):
+            path, own = to / party / f"{party}.crt", {party, "superlink", *LOCAL}
+            every = [*(name for name in named if name not in own), *missing]
+            way = how(party, clients, every, to)
+            raise BadInput(f"--host: {path} stands and does not name {', '.join(missing)}; to make it anew: {way}")
 
 
 def _authority(to: Path) -> bool:
@@ -80,7 +106,7 @@ def _new_authority(to: Path) -> str:
     draft = draft.add_extension(_usage(signs=True), critical=True)
     _write(to / "ca" / "ca.key", _private(key), secret=True)
     _write(to / "ca" / "ca.crt", draft.sign(key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
-    return "ca"
+    return AUTHORITY
 
 
 def _certify(to: Path, party: str, hosts: Sequence[str]) -> str:
@@ -98,7 +124,6 @@ def _certify(to: Path, party: str, hosts: Sequence[str]) -> str:
     signed = draft.add_extension(issuer, critical=False).sign(signer, hashes.SHA384())
     _write(to / party / f"{party}.key", _private(key), secret=True)
     _write(to / party / f"{party}.crt", signed.public_bytes(serialization.Encoding.PEM))
-    _write(to / party / "ca.crt", (to / "ca" / "ca.crt").read_bytes())
     return party
 
 

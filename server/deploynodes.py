@@ -1,53 +1,62 @@
-"""Which node is whose: the public keys that `fedstrata deploy keys` made, registered with the SuperLink."""
+"""Which node is whose: the SuperLink lets in the keys that `fedstrata deploy keys` made, and no others."""
 
-import hashlib
-import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from fedstrata.core import durable
-from fedstrata.core.errors import BadInput, FedstrataError
-from fedstrata.server.deployflower import Flower
-from fedstrata.server.runfolder import read_json
+from fedstrata.core import signing
+from fedstrata.core.errors import BadInput
+from fedstrata.server import deploykeys
+from fedstrata.server.deployflower import Flower, Place
+from fedstrata.server.flower_private import NodeInfo, NodeStatus, key_bytes
 
-NODES = "nodes.json"  # {client: {node: the SuperLink's id for it, key: SHA-256 of its public key}}
+NODES = "nodes"  # the folder of public keys, client-<partition>.pub, beside the server's own
 
 
 def register(flower: Flower) -> list[str]:
-    """Registers every client's present key and shuts out keys that were rotated away; returns what was done.
+    """Registers every client's present key and shuts out every other one, whoever registered it; says what was done.
+
+    Raises:
+        BadInput: there is no folder of public keys, none in it, or one that was shut out before.
+    """
+    names = names_of(flower.place)
+    if not names:
+        return []  # without node authentication whoever connects is a node
+    nodes = flower.all_nodes()
+    gone = {node.public_key for node in nodes if node.status == NodeStatus.UNREGISTERED}
+    there = [node for node in nodes if node.public_key not in gone]
+    if spent := sorted(names[key] for key in gone & names.keys()):
+        most = max(int(name.removeprefix("client-")) for name in names.values()) + 1
+        ways = "; ".join(f"`{deploykeys.how(name, most)}`" for name in spent)
+        raise BadInput(f"{NODES}: the SuperLink takes no key again that was unregistered, {', '.join(spent)}: {ways}")
+    done = []
+    for node in there:
+        if node.public_key not in names:
+            flower.unregister(node.node_id)
+            done.append(f"{node.name or node.node_id}: shut out, its key is not in {NODES}/")
+    for key, name in names.items():
+        if key not in {node.public_key for node in there}:
+            flower.register(_folder(flower.place) / f"{name}.pub", name)
+            done.append(f"{name}: registered")
+    return done
+
+
+def names_of(place: Place) -> dict[bytes, str]:
+    """public key as Flower has it → client-<partition>; {} for a place without TLS and keys.
 
     Raises:
         BadInput: there is no folder of public keys, or none in it.
     """
-    if flower.place.certs is None:
-        return []  # without node authentication whoever connects is a node
-    keys = {path.stem: path for path in sorted((flower.place.certs / "nodes").glob("*.pub"))}
-    if not keys:
-        raise BadInput(f"{flower.place.certs / 'nodes'}: holds no public key; `fedstrata deploy keys` writes them")
-    known, there = registered(flower.place.home), {node["node-id"] for node in flower.nodes()}
-    done = []
-    for name, path in keys.items():
-        key, before = hashlib.sha256(path.read_bytes()).hexdigest(), known.get(name)
-        if before and before["key"] == key and (before["node"] in there or not before["node"]):
-            continue
-        if before and before["node"] in there:
-            flower.unregister(before["node"])
-        known[name] = {"node": _enter(flower, path, name), "key": key}
-        done.append(name)
-        durable.write_atomic(flower.place.home / NODES, json.dumps(known, indent=1).encode())
-    return done
+    if place.certs is None:
+        return {}
+    return {key_bytes(key): f"client-{number}" for number, key in signing.public_keys(_folder(place)).items()}
 
 
-def registered(home: Path) -> dict[str, dict[str, str]]:
-    """{client: {node, key}} as registered from this host."""
-    path = home / NODES
-    return dict(read_json(path)) if path.is_file() else {}
+def named(nodes: Iterable[NodeInfo], place: Place) -> list[tuple[str, NodeInfo]]:
+    """(client-<partition>, node); "" for a node whose key is no client's."""
+    names = names_of(place)
+    return [(names.get(node.public_key, ""), node) for node in nodes]
 
 
-def _enter(flower: Flower, path: Path, name: str) -> str:
-    """The node's id; empty where the SuperLink knew the key already and does not say under which id."""
-    try:
-        return flower.register(path, name)
-    except FedstrataError as error:
-        if "already" not in str(error):
-            raise
-        return ""
+def _folder(place: Place) -> Path:
+    assert place.certs is not None
+    return place.certs / NODES

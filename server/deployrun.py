@@ -3,12 +3,14 @@
 Flower marks a run failed when its ServerApp dies, and has no way to go on with it; our commits have.
 """
 
+import contextlib
 import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flwr.app.user_config import UserConfig
 from rich.console import Console
 
 from fedstrata.core import flowerapp
@@ -16,6 +18,7 @@ from fedstrata.core.config import require
 from fedstrata.core.errors import BadInput, FedstrataError
 from fedstrata.server import configure, deploynodes
 from fedstrata.server.deployflower import Flower, Place
+from fedstrata.server.deploytell import Teller
 from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder
 from fedstrata.strategies import find
 
@@ -29,8 +32,9 @@ def supervise(place: Place, recipe: str, words: Sequence[str], attempts: int, co
     """Runs a federation on the deployment to its end; returns the run folder.
 
     Raises:
-        BadInput: words that no run takes, or no run.dir, which the server's later attempts must find again.
-        FedstrataError: the SuperLink is not reached, or all attempts failed.
+        BadInput: words that no run takes, no run.dir, which the server's later attempts must find again, or what the
+            server itself refuses as bad input.
+        FedstrataError: the SuperLink is not reached, another run is going on, or all attempts failed.
     """
     require(attempts > 0, "--attempts", "at least 1", attempts)
     words = [*defaults(recipe, words), *words]
@@ -40,14 +44,19 @@ def supervise(place: Place, recipe: str, words: Sequence[str], attempts: int, co
         return folder
     flower = Flower(place)
     reach(flower, console)
-    for name in deploynodes.register(flower):
-        console.print(f"{name}: registered", highlight=False)
+    asked = settings(place, recipe, words, "resume")
+    standing = adopted(flower, asked, console)
+    for done in deploynodes.register(flower):
+        console.print(done, highlight=False, markup=False, soft_wrap=True)
     for attempt in range(1, attempts + 1):
-        run = running(flower) or submit(flower, recipe, words, "resume")
+        run = standing or submit(flower, asked)
+        standing = ""
         console.print(f"attempt {attempt} of {attempts}: Flower run {run}", highlight=False)
         status, details = watch(flower, run, Teller(folder, console))
         if status == "finished:completed" and _completed(folder):
             return folder
+        if flowerapp.REFUSED in details:
+            raise BadInput(details.partition(flowerapp.REFUSED)[2])
         console.print(f"Flower run {run} ended: {status} {details}".rstrip(), highlight=False, markup=False)
     raise FedstrataError(f"{folder}: not completed after {attempts} attempts; its commits stand, run the same again")
 
@@ -84,16 +93,48 @@ def reach(flower: Flower, console: Console, wait: float = REACH) -> None:
         time.sleep(POLL)
 
 
+def adopted(flower: Flower, asked: UserConfig, console: Console) -> str:
+    """A run with these very settings that an earlier supervisor left running: it is watched, not started again.
+
+    Raises:
+        FedstrataError: another run is going on; says which and in which folder.
+    """
+    if not (run := running(flower)):
+        return ""
+    its = flower.settings(run)
+    if its != asked:
+        folder = folder_of(its)
+        where = f"in {folder}" if folder else "and names no run folder"
+        where += " with other words" if folder == folder_of(asked) else ""
+        way = f"wait for it, or end it with FLWR_HOME={flower.place.home} flwr stop {run}"
+        raise FedstrataError(f"Flower run {run} is going on {where}; a deployment runs one at a time: {way}")
+    console.print(f"Flower run {run} is going on with these very words: it is watched", highlight=False)
+    return run
+
+
 def running(flower: Flower) -> str:
-    """A run that an earlier supervisor left running is watched, not started again."""
+    """The id of the run that is going on; empty when there is none."""
     return next((str(run["run-id"]) for run in flower.runs() if run["status"] in LIVE), "")
 
 
-def submit(flower: Flower, recipe: str, words: Sequence[str], how: str) -> str:
-    """Starts a Flower run; returns its id. how: resume, or rehearse."""
+def folder_of(asked: UserConfig) -> str:
+    """The run folder that a run's settings name; what else is going on names none."""
+    with contextlib.suppress(ValueError):  # words that are not ours
+        words = shlex.split(str(asked.get("overrides", "")))
+        return next((word.removeprefix("run.dir=") for word in reversed(words) if word.startswith("run.dir=")), "")
+    return ""
+
+
+def settings(place: Place, recipe: str, words: Sequence[str], how: str) -> UserConfig:
+    """The run config of a Flower run. how: resume, or rehearse."""
+    insecure: UserConfig = {} if place.certs else {"insecure": True}
+    return {"recipe": recipe, "overrides": shlex.join(words), how: True, **insecure}
+
+
+def submit(flower: Flower, asked: UserConfig) -> str:
+    """Starts a Flower run; returns its id."""
     app = flowerapp.write(flower.place.home / "app")
-    settings = {"recipe": json.dumps(recipe), "overrides": json.dumps(shlex.join(words)), how: "true"}
-    return flower.submit(app, settings)
+    return flower.submit(app, {key: json.dumps(value) for key, value in asked.items()})
 
 
 def watch(flower: Flower, run: str, tell: Callable[[], None]) -> tuple[str, str]:
@@ -113,38 +154,6 @@ def watch(flower: Flower, run: str, tell: Callable[[], None]) -> tuple[str, str]
             tell()
             return status, details
         time.sleep(POLL)
-
-
-class Teller:
-    """Says each round and each row of scores once, from the run folder's events."""
-
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.folder, self.console = folder, console
-        self.told = len(self._lines())
-
-    def __call__(self) -> None:
-        lines = self._lines()
-        for line in lines[self.told :]:
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        self.told = len(lines)
-
-    def _lines(self) -> list[str]:
-        try:
-            events = RunFolder(self.folder).events()
-        except BadInput:
-            return []  # not begun
-        return [_line(event) for event in events if event["event"] in ("round", "stage_scored", "resumed")]
-
-
-def _line(event: dict[str, object]) -> str:
-    if event["event"] == "round":
-        people = event["participants"]
-        names = " ".join(str(row["client"]) for row in people) if isinstance(people, list) else ""
-        cost = f"{event['bytes_up']} bytes up, {event['bytes_down']} down, {event['seconds']:.1f} s"
-        return f"stage {event['stage']} round {event['round']}: clients {names or 'none'}, {cost}"
-    if event["event"] == "resumed":
-        return f"goes on from commit {event['commit']}"
-    return f"stage {event['stage']} scored: {event['scores']}"
 
 
 def _completed(folder: Path) -> bool:

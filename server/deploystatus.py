@@ -7,32 +7,40 @@ from rich.console import Console
 from rich.table import Table
 
 from fedstrata.core.errors import BadInput
+from fedstrata.server import deploynodes
 from fedstrata.server.deployflower import Flower
-from fedstrata.server.deploynodes import registered
 from fedstrata.server.report import human_bytes
 from fedstrata.server.runfolder import RunFolder
 
 
 def status(flower: Flower, run_dir: Path | None) -> dict[str, Any]:
     """{nodes, runs, run} as values. run_dir: a run folder that this host sees; None: only what Flower knows."""
-    names = {told["node"]: name for name, told in registered(flower.place.home).items()}
     nodes = [
         {
-            "client": names.get(node["node-id"], ""),
-            "node": node["node-id"],
-            "status": node["status"],
-            "online": node["online-at"],
-            "offline": node["offline-at"],
+            "client": name,
+            "node": str(node.node_id),
+            "status": node.status,
+            "online": node.last_activated_at,
+            "offline": node.last_deactivated_at,
         }
-        for node in flower.nodes()
+        for name, node in deploynodes.named(flower.nodes(), flower.place)
     ]
     runs = [{key: run[key] for key in ("run-id", "status", "status-details", "elapsed")} for run in flower.runs()]
     return {"nodes": nodes, "runs": runs, "run": standing(run_dir) if run_dir else None}
 
 
 def standing(run_dir: Path) -> dict[str, Any]:
-    """Where a run stands: {folder, stage, round, bytes_up, bytes_down, seen: {client: when and in which round}}."""
-    rounds = [event for event in RunFolder(run_dir).events() if event["event"] == "round"]
+    """Where a run stands: {folder, stage, round, bytes_up, bytes_down, seen, refused}.
+
+    seen: client → when it last took part and in which round; refused: node → when it was last refused, and why.
+    """
+    events = RunFolder(run_dir).events()
+    rounds = [event for event in events if event["event"] == "round"]
+    refused = {
+        event["node"]: {"time": event["time"], "reason": event["reason"]}
+        for event in events
+        if event["event"] == "node_refused"
+    }
     seen = {
         f"client-{row['client']}": {"time": event["time"], "stage": event["stage"], "round": event["round"]}
         for event in rounds
@@ -40,7 +48,14 @@ def standing(run_dir: Path) -> dict[str, Any]:
     }
     last = rounds[-1] if rounds else {"stage": 0, "round": 0}
     total = {key: sum(event[key] for event in rounds) for key in ("bytes_up", "bytes_down")}
-    return {"folder": str(run_dir), "stage": last["stage"], "round": last["round"], **total, "seen": seen}
+    return {
+        "folder": str(run_dir),
+        "stage": last["stage"],
+        "round": last["round"],
+        **total,
+        "seen": seen,
+        "refused": refused,
+    }
 
 
 def show(told: dict[str, Any], console: Console) -> None:
@@ -60,6 +75,9 @@ def show(told: dict[str, Any], console: Console) -> None:
         cost = f"{human_bytes(run['bytes_up'])} up, {human_bytes(run['bytes_down'])} down"
         where = f"stage {run['stage']} round {run['round']} committed"
         console.print(f"{run['folder']}: {where}, {cost}", highlight=False, markup=False, soft_wrap=True)
+        for node, last in run["refused"].items():
+            line = f"node {node} was refused, last {last['time']}: {last['reason']}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def newest(runs: Path) -> Path:

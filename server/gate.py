@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Error, Message, MetricRecord
 
 from fedstrata.core import codec, records
 from fedstrata.core.identity import Token
@@ -19,6 +19,7 @@ from fedstrata.server import checks
 from fedstrata.server.checks import Kind, Refused
 
 T = TypeVar("T")
+ERRORS = {records.TOO_FEW: Kind.TOO_FEW, records.FORGED: Kind.SIGNATURE, records.SILENT: Kind.SILENT}  # by code
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,7 @@ def admit(reply: Message | None, want: Expected, read: Callable[[Message, Expect
     if reply is None:
         raise Refused(Kind.LATE, "no reply in time")
     if reply.has_error():
-        if reply.error.code == records.TOO_FEW:
-            raise Refused(Kind.TOO_FEW, str(reply.error.reason))
-        if reply.error.code == records.FORGED:
-            raise Refused(Kind.SIGNATURE, str(reply.error.reason))
-        raise Refused(Kind.FAILED, f"the client failed: {reply.error.reason}")
+        raise failure(reply.error, "the client failed: ")
     try:
         came = records.binding(reply)
         checks.check(came == want.binding, Kind.BINDING, f"binding: expected {want.binding}, got {came}")
@@ -126,6 +123,12 @@ def admit(reply: Message | None, want: Expected, read: Callable[[Message, Expect
         raise Refused(Kind.SCHEMA, f"record {error} is missing") from error
     except Exception as error:  # decoding what a stranger sent may end in any type: EOFError, BadZipFile, …
         raise Refused(Kind.UNREADABLE, str(error) or type(error).__name__) from error
+
+
+def failure(error: Error, said: str = "") -> Refused:
+    """What an error reply comes to. said: before the client's own words."""
+    kind = ERRORS.get(error.code, Kind.FAILED)
+    return Refused(kind, f"{said if kind == Kind.FAILED else ''}{error.reason}")
 
 
 def read_train(message: Message, want: Expected) -> TrainReply:

@@ -96,16 +96,16 @@ class Node:
         for path in (secret, trainer.with_suffix(".token")):
             write_secret(path)
         own = {"FEDSTRATA_HOME": str(home), "FEDSTRATA_DATA": str(self.data)}
-        own |= {"FEDSTRATA_CERTS": str(self.certs)} if self.certs else {}
+        signer = {"FEDSTRATA_CERTS": str(self.certs)} if self.certs else {}
         flower = {"FLWR_HOME": str(home / "flwr"), "FEDSTRATA_TRAINER": str(trainer)}
         shared = {**os.environ, **FLOWER, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         bare = {key: value for key, value in shared.items() if key not in ("FEDSTRATA_DATA", "FEDSTRATA_CERTS")}
         api, known = f"127.0.0.1:{port}", ["--superexec-auth-secret-file", str(secret)]
         executor = [sys.executable, "-m", "fedstrata.server.superexec", "--runtime-api-address", api]
         commands: Mapping[str, tuple[list[str], dict[str, str]]] = {
-            "trainer": ([sys.executable, "-m", "fedstrata.client.trainer"], {**bare, **own}),
+            "trainer": ([sys.executable, "-m", "fedstrata.client.trainer"], {**bare, **own, **signer}),
             "flower-supernode": (["flower-supernode", *self._supernode(port), *known], {**bare, **flower}),
-            "flower-superexec": ([*executor, "--insecure", *known], {**bare, **flower}),
+            "flower-superexec": ([*executor, "--insecure", *known], {**bare, **flower, **signer}),
         }
         return [Job(name, *commands[name], home / "logs" / f"{name}.log") for name in NAMES]
 

@@ -13,7 +13,7 @@ from fedstrata.core.records import Description, ScoreReply
 from fedstrata.core.scoring import SCORERS, percentages
 from fedstrata.server import checks
 from fedstrata.server.checks import Kind, Refused
-from fedstrata.server.gate import Expected
+from fedstrata.server.gate import Expected, failure
 
 
 def read_scores(
@@ -67,7 +67,7 @@ def _is_count(value: object) -> bool:
 def read_description(message: Message) -> Description:
     """What a client says of its base model. Raises `Refused`: an error, missing keys, numbers that cannot be."""
     if message.has_error():
-        raise Refused(Kind.FAILED, str(message.error.reason))
+        raise failure(message.error)
     try:
         says = records.read_description(message)
         Layout.from_json(says.layout)

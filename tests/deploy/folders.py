@@ -10,8 +10,9 @@ from flwr.proto.message_pb2 import Message as Proto
 from flwr.serverapp import Grid
 
 from fedstrata.client.trainer import Trainer
+from fedstrata.core import signing
 from fedstrata.server import deploykeys
-from fedstrata.server.flower_private import Run, become_server, set_message_id
+from fedstrata.server.flower_private import NodeInfo, Run, become_server, key_bytes, set_message_id
 
 FIRST = 1000  # node of partition 0
 
@@ -28,7 +29,9 @@ class Folders(Grid):
         for client in range(clients):
             home = homes / f"home-{client}"
             home.mkdir(parents=True, exist_ok=True)
-            self.trainers[client] = Trainer(home, homes / "keys" / f"client-{client}" / "node.key")
+            key = signing.private_key(homes / "keys" / f"client-{client}" / "node.key")
+            self.trainers[client] = Trainer(home, key)
+        self.keys = {FIRST + client: key_bytes(key) for client, key in signing.public_keys(self.public).items()}
         self.uploads: list[bytes] = []
         self.asked: list[tuple[int, str]] = []
         self.before: Callable[[Message], None] = lambda message: None
@@ -48,6 +51,9 @@ class Folders(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return [FIRST + client for client in sorted(self.there)]
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, public_key=self.keys[node]) for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         names = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Error, Message
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import Message as Proto
 from rich.console import Console
@@ -111,16 +111,23 @@ def test_a_node_that_answers_for_another_is_refused_and_costs_nobody_else_anythi
     split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = Folders(split, 3, tmp_path, monkeypatch)
-    honest, replayed = grid.serve, list[Message]()
+    honest, replayed, key = grid.serve, list[Message](), grid.trainers[1]._key
+    assert key is not None
 
     def serve(client: int, message: Message) -> Message:
-        """Client 2's training is answered by client 1, signed with its own key; later client 2 replays an answer."""
-        if client != 2 or message.metadata.message_type != records.TRAIN:
+        """Client 2's training is answered by client 1, signed with its own key; later client 2 replays an answer.
+
+        Then an error comes in the place of client 1's answer, and nobody signed it.
+        """
+        if message.metadata.message_type != records.TRAIN or client == 0:
             return honest(client, message)
+        if client == 1:
+            wrong = Message(Error(2, "client 1 is at fault"), reply_to=message)
+            return wrong if records.binding(message).stage == 2 else honest(client, message)
         if not replayed:
             replayed.append(honest(client, message))
             forged = honest(client, message)
-            signing.sign(forged, 2, message.metadata.message_id, grid.trainers[1]._key)  # type: ignore[arg-type]
+            signing.sign(forged, records.binding(message), message.metadata.message_id, key)
             return forged
         old = replayed[0]
         old.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
@@ -128,11 +135,14 @@ def test_a_node_that_answers_for_another_is_refused_and_costs_nobody_else_anythi
 
     monkeypatch.setattr(grid, "serve", serve)
     run = deployed(split, tmp_path / "run", trust(grid), "federation.clients_per_round=3", "strategy.name=finetune")
-    refused = events(run, "rejected")
-    assert [(event["client"], event["kind"]) for event in refused] == [(2, "signature")] * 2
-    assert refused[0]["reason"] == "signature: client 2 did not sign this answer to this message"
+    forged, silent, replay = events(run, "rejected")
+    assert [(event["client"], event["kind"]) for event in (forged, replay)] == [(2, "signature")] * 2
+    assert forged["reason"] == "signature: client 2 did not sign this answer to this message"
+    assert (silent["client"], silent["kind"]) == (1, "silent")
+    flowers = "no answer; an error that nobody signed, as Flower makes them for nodes that are gone, says"
+    assert silent["reason"] == f"{flowers} 'client 1 is at fault' (code 2)"
     trained = [[row["client"] for row in event["participants"]] for event in events(run, "round")]
-    assert trained == [[0, 1], [0, 1]]
+    assert trained == [[0, 1], [0]]
 
 
 def test_a_node_without_a_known_key_does_not_get_in(
@@ -143,7 +153,7 @@ def test_a_node_without_a_known_key_does_not_get_in(
     run = deployed(split, tmp_path / "run", SignedGrid(grid, keys), "strategy.name=finetune")
     assert {client for client, kind in grid.asked if kind == records.TRAIN} == {0}
     (first, *_) = events(run, "node_refused")
-    assert "client 1, of whom no key is known, did not sign this answer" in first["reason"]
+    assert first["reason"] == "signature: the node that was asked has no key that the server knows"
 
 
 def test_clients_come_and_go_and_a_latecomer_gets_the_nearest_subspace(

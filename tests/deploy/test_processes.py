@@ -12,7 +12,8 @@ from rich.console import Console
 
 from fedstrata.core import flowerapp
 from fedstrata.core.errors import BadInput
-from fedstrata.server import configure, deploykeys, launch, splitting
+from fedstrata.server import configure, deploykeys, deploynodes, deployrun, launch, splitting
+from fedstrata.server.deployflower import Flower, Place
 from fedstrata.server.node import Node, free_port
 from fedstrata.server.runfolder import RunFolder
 from tests.deploy.processes import Deployment
@@ -134,6 +135,31 @@ def test_a_foreign_app_is_refused_and_none_of_its_code_is_loaded(deployment: Dep
 
 def online(deployment: Deployment) -> bool:
     return '"online"' in deployment.flwr("supernode", "ls", "tls", "--format", "json").stdout
+
+
+def test_a_real_superlink_shuts_out_a_key_that_was_registered_by_hand(deployment: Deployment, tmp_path: Path) -> None:
+    deploykeys.make(tmp_path / "strangers", 1)
+    assert deployment.register(tmp_path / "strangers" / "client-0" / "node.pub")
+    flower = Flower(Place(f"127.0.0.1:{deployment.port}", deployment.keys / "server", tmp_path / "home"))
+    (stranger,) = [node for name, node in deploynodes.named(flower.nodes(), flower.place) if not name]
+    told = f"{stranger.node_id}: shut out, its key is not in nodes/"
+    assert deploynodes.register(flower) == [told]  # the clients' own were registered by hand, too, and stay
+    clients = ["client-0", "client-1", "client-2"]
+    assert sorted(name for name, _ in deploynodes.named(flower.nodes(), flower.place)) == clients
+    assert not deployment.register(tmp_path / "strangers" / "client-0" / "node.pub")  # Flower takes no key twice
+
+
+def test_what_a_real_superlink_says_of_a_run_is_what_was_asked_and_why_the_server_refused_it(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    place = Place(f"127.0.0.1:{deployment.port}", deployment.keys / "server", tmp_path / "home")
+    flower, asked = Flower(place), deployrun.settings(place, "no-such-scenario", ["run.dir=/runs/a b"], "resume")
+    run = deployrun.submit(flower, asked)
+    assert flower.settings(run) == asked
+    assert deployrun.folder_of(flower.settings(run)) == "/runs/a b"
+    status, details = deployrun.watch(flower, run, lambda: None)
+    assert status == "finished:failed"
+    assert f"{flowerapp.REFUSED}recipe: unknown 'no-such-scenario'" in details
 
 
 def test_a_node_whose_key_the_server_does_not_know_is_told_so(deployment: Deployment) -> None:

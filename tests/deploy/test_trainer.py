@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedstrata.client import line, shim
+from fedstrata.client import keep, line, shim
 from fedstrata.client.keep import Keep
-from fedstrata.core import records
+from fedstrata.core import records, signing
 from fedstrata.core.errors import BadInput, FedstrataError
-from fedstrata.core.records import Binding
-from fedstrata.server.flower_private import become_server
+from fedstrata.core.records import Assignment, Binding
+from fedstrata.server import deploykeys
+from fedstrata.server.flower_private import become_server, set_message_id
 from fedstrata.server.node import write_secret
 from fedstrata.server.supervise import Child, Job, alive, tend
 
@@ -62,6 +63,22 @@ def test_a_trainer_is_started_again_and_its_message_tried_once_more_but_not_for_
     with pytest.raises(FedstrataError, match="the trainer took longer than 3 s and was ended"):
         ask(home, "hang")
     assert "Timeout" in (home / "log").read_text()  # where it hung
+
+
+def test_the_shims_own_error_is_signed_as_the_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no trainer, and it is not waited for."""
+    deploykeys.make(tmp_path, 2)
+    monkeypatch.setenv(line.CERTS, str(tmp_path / "client-1"))
+    monkeypatch.setenv(line.TRAINER, str(tmp_path / "trainer.sock"))
+    monkeypatch.setattr(shim, "PATIENCE", 0.0)
+    write_secret(line.token_of(tmp_path / "trainer.sock"))
+    become_server()
+    message = records.address(Message(RecordDict(), 7, records.TRAIN), Assignment(AT, config="{}"))
+    set_message_id(message.metadata, "m1")
+    reply = shim.app(message, Context(1, 7, {"partition-id": 1}, RecordDict(), {}))
+    keys = signing.public_keys(tmp_path / "server" / "nodes")
+    assert signing.verify(reply, replace(AT, partition=1), keys)
+    assert reply.error.reason == "no trainer came within 0 s; its log says why"
 
 
 def test_the_socket_and_its_token_are_the_owners_alone(tmp_path: Path) -> None:
@@ -129,6 +146,21 @@ def test_a_round_that_is_asked_for_again_finds_what_it_found_the_first_time(tmp_
     assert value(keep.load(replace(AT, round=4))) == 2  # … whose memory is gone until it is trained again
     assert value(keep.load(AT)) is None  # a new run of the same config
     assert value(keep.load(replace(AT, round=9))) is None
+
+
+def test_memories_of_the_last_runs_stay_and_older_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keep, "RUNS", 3)
+    kept, runs = Keep(tmp_path), ["a1", "b2", "c3", "d4"]
+    kept.secret(RecordDict({"noise": ConfigRecord({"key": b"k"})}))
+    for number, run in enumerate(runs):
+        kept.store(Binding(run, 1, 1, 0), state(number))
+        os.utime(tmp_path / "memory" / f"{run}-0", ns=(number, number))
+    assert [value(kept.load(Binding(run, 1, 2, 0))) for run in runs] == [None, 1, 2, 3]
+    kept.store(Binding("b2", 1, 2, 0), state(9))  # an earlier run goes on: it is now the latest
+    (tmp_path / "memory" / ".f6-0").mkdir()  # what was left when the process was killed over it
+    kept.store(Binding("e5", 1, 1, 0), state(4))
+    assert [value(kept.load(Binding(run, 1, 3, 0))) for run in [*runs, "e5"]] == [None, 9, None, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "memory").iterdir()) == ["b2-0", "d4-0", "e5-0", "own"]
 
 
 def test_memories_of_clients_and_runs_are_apart_and_old_ones_go(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import json
 import re
 import ssl
 import threading
@@ -113,7 +114,8 @@ def test_a_certificate_near_its_end_names_the_way_out(tmp_path: Path, monkeypatc
     deploykeys.make(tmp_path, 1)
     found = check("127.0.0.1:9", tmp_path / "server")
     assert found["ca.crt"].good
-    assert "ends in 2 days; `fedstrata deploy keys --rotate server`" in found["server.crt"].why
+    hint = "ends in 2 days; where the authority is kept: `fedstrata deploy keys --to KEYS --rotate server`"
+    assert hint in found["server.crt"].why
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,13 @@ def test_an_environment_that_is_not_whole_is_bad_input(environment: dict[str, st
         place_of(environment, insecure=False)
 
 
+def test_only_this_machine_is_spoken_to_without_tls() -> None:
+    told = {"FEDSTRATA_SUPERLINK": "fed.example.org:8000", "FEDSTRATA_HOME": "/x"}
+    with pytest.raises(BadInput, match="--insecure: must be used with a SuperLink on this machine alone"):
+        place_of(told, insecure=True)
+    assert place_of({**told, "FEDSTRATA_SUPERLINK": "127.0.0.1:8000"}, insecure=True).certs is None
+
+
 def test_status_says_where_the_run_stands_and_when_each_client_took_part(write_run: Callable[..., Path]) -> None:
     told = deploystatus.standing(write_run())
     assert (told["stage"], told["round"], told["bytes_up"], told["bytes_down"]) == (2, 1, 3000, 6000)
@@ -142,9 +151,26 @@ def test_status_says_where_the_run_stands_and_when_each_client_took_part(write_r
     }
 
 
+def test_status_knows_which_node_was_refused_last_and_why(write_run: Callable[..., Path]) -> None:
+    run = write_run()
+    with (run / "events.jsonl").open("a") as file:
+        for when, why in (("noon", "silent"), ("one", "app: must be the bundle of fedstrata 0.1.0")):
+            file.write(json.dumps({"event": "node_refused", "time": when, "node": "7", "reason": why}) + "\n")
+    refused = {"7": {"time": "one", "reason": "app: must be the bundle of fedstrata 0.1.0"}}
+    assert deploystatus.standing(run)["refused"] == refused
+
+
 def test_status_names_connected_clients_and_their_last_round() -> None:
     seen = {"client-0": {"time": "noon", "stage": 1, "round": 2}}
-    run = {"folder": "/runs/a", "stage": 1, "round": 2, "bytes_up": 2_000_000, "bytes_down": 1, "seen": seen}
+    run = {
+        "folder": "/runs/a",
+        "stage": 1,
+        "round": 2,
+        "bytes_up": 2_000_000,
+        "bytes_down": 1,
+        "seen": seen,
+        "refused": {"78": {"time": "noon", "reason": "signature: not its own"}},
+    }
     node = {"client": "client-0", "node": "77", "status": "online", "online": "10:00", "offline": ""}
     out = io.StringIO()
     runs = [{"run-id": "5", "status": "running", "status-details": "", "elapsed": 1}]
@@ -152,3 +178,4 @@ def test_status_names_connected_clients_and_their_last_round() -> None:
     assert "stage 1 round 2, noon" in out.getvalue()
     assert "Flower run 5: running" in out.getvalue()
     assert "stage 1 round 2 committed, 2 MB up" in out.getvalue()
+    assert "node 78 was refused, last noon: signature: not its own" in out.getvalue()

@@ -1,5 +1,6 @@
 """The keys of a deployment: OpenSSL believes them, Flower reads them, nothing is overwritten by mistake."""
 
+import shlex
 import shutil
 import stat
 import subprocess
@@ -9,9 +10,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
+from typer.testing import CliRunner
 
 from fedstrata.core.errors import BadInput
-from fedstrata.server import deploykeys
+from fedstrata.server import deploycheck, deploying, deploykeys
+from fedstrata.server.deployflower import Place, place_of
 
 
 @pytest.fixture
@@ -87,6 +90,65 @@ def test_a_certificate_made_anew_keeps_its_names_unless_others_are_given(keys: P
     assert names(keys, "gate") == ["gate", "localhost", "127.0.0.1", "fed.example.org", "10.0.0.7"]
     deploykeys.make(keys, 2, ["new.example.org"], rotate="server")
     assert names(keys, "server") == ["server", "superlink", "localhost", "127.0.0.1", "new.example.org"]
+
+
+def test_a_host_that_a_certificate_does_not_name_is_told_and_the_hinted_command_makes_it_anew(keys: Path) -> None:
+    for party in ("server", "gate"):
+        before = content(keys)
+        with pytest.raises(BadInput, match=f"--host: .*{party}.crt stands and does not name new.example.org;") as told:
+            deploykeys.make(keys, 3, ["new.example.org", "fed.example.org"])
+        assert content(keys) == before
+        deploy(str(told.value).rpartition("to make it anew: ")[2])
+        assert {"localhost", "fed.example.org", "10.0.0.7", "new.example.org"} <= set(names(keys, party))
+    assert deploykeys.make(keys, 3, ["new.example.org"]) == []
+
+
+def deploy(command: str) -> None:
+    """Runs a command that a message named."""
+    assert command.startswith("fedstrata deploy ")
+    done = CliRunner().invoke(deploying.deploy, shlex.split(command)[2:])
+    assert done.exit_code == 0, done.output
+
+
+def test_a_new_authority_brings_new_certificates_and_keeps_the_node_keys(keys: Path) -> None:
+    before = content(keys)
+    assert deploykeys.make(keys, 2, rotate="ca") == ["ca", "server", "gate"]
+    after = content(keys)
+    kept = {name for name in before if before[name] == after[name]}
+    assert kept == {
+        "server/superexec.secret",
+        *(f"client-{k}/{file}" for k in (0, 1) for file in ("node.key", "node.pub")),
+        *(f"server/nodes/client-{k}.pub" for k in (0, 1)),
+    }
+    assert len({data for name, data in after.items() if name.endswith("/ca.crt")}) == 1
+    authority = x509.load_pem_x509_certificate(after["client-1/ca.crt"])
+    x509.load_pem_x509_certificate(after["gate/gate.crt"]).verify_directly_issued_by(authority)
+    assert names(keys, "gate")[-2:] == ["fed.example.org", "10.0.0.7"]
+
+
+@pytest.mark.parametrize("party", ["ca", "server"])
+def test_the_hint_for_a_certificate_that_ends_or_is_anothers_makes_it_anew(keys: Path, party: str) -> None:
+    path = keys / "server" / f"{party}.crt"
+    place = Place("127.0.0.1:9", keys / "server", keys)
+    deploykeys.make(keys / "other", 1)
+    shutil.copy(keys / "other" / "server" / "server.crt", keys / "server" / "server.crt")
+    (found,) = [found for found in deploycheck.findings(place, {}) if found.what == "server.crt"]
+    assert "is not by the authority in ca.crt; where that is kept: `fedstrata deploy keys" in found.why
+    old = path.read_bytes()
+    deploy(deploykeys.how(party, to=keys))
+    assert path.read_bytes() != old
+    (found,) = [found for found in deploycheck.findings(place, {}) if found.what == f"{party}.crt"]
+    assert found.good
+
+
+def test_the_hint_for_a_missing_ca_crt_brings_it_back(keys: Path) -> None:
+    authority = (keys / "server" / "ca.crt").read_bytes()
+    (keys / "server" / "ca.crt").unlink()
+    told = {"FEDSTRATA_SUPERLINK": "a:1", "FEDSTRATA_HOME": "/x", "FEDSTRATA_CERTS": str(keys / "server")}
+    with pytest.raises(BadInput, match="holds no ca.crt; where the authority is kept.*`fedstrata deploy keys") as hint:
+        place_of(told, insecure=False)
+    deploy(str(hint.value).split("`")[1].replace("KEYS", str(keys)))
+    assert (keys / "server" / "ca.crt").read_bytes() == authority
 
 
 def names(keys: Path, party: str) -> list[str]:

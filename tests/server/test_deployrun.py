@@ -1,20 +1,32 @@
 """The supervisor of a deployment's runs, against a Flower command line that answers from a script."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Message
 from rich.console import Console
+from typer.testing import CliRunner
 
 from fedstrata.core import flowerapp, records
 from fedstrata.core.errors import BadInput, FedstrataError
-from fedstrata.server import configure, deployflower, deploykeys, deploynodes, deployrun, preparing
+from fedstrata.server import (
+    configure,
+    deployflower,
+    deploying,
+    deploykeys,
+    deploynodes,
+    deployrun,
+    preparing,
+)
 from fedstrata.server.deploycheck import dry_round
 from fedstrata.server.deployflower import Flower, Place
+from fedstrata.server.flower_private import NodeInfo, key_bytes
 from fedstrata.server.rehearsal import rehearse
 
 WORDS = ["strategy.name=finetune"]
@@ -27,7 +39,7 @@ class Script:
         self.ends, self.folder = ends, folder
         self.asked: list[list[str]] = []
         self.runs: list[dict[str, Any]] = []
-        self.nodes: dict[str, str] = {}
+        self.nodes: list[NodeInfo] = []
         self.away = 0  # answers that fail from here on
 
     def __call__(self, words: list[str], home: Path) -> dict[str, Any]:
@@ -52,17 +64,22 @@ class Script:
         self.runs.append(run)
         return {"run-id": run["run-id"]}
 
-    def _supernode_ls(self, words: list[str]) -> dict[str, Any]:
-        return {"nodes": [{"node-id": node} for node in self.nodes]}
-
     def _supernode_register(self, words: list[str]) -> dict[str, Any]:
-        node = str(100 + len([asked for asked in self.asked if asked[:2] == ["supernode", "register"]]))
-        self.nodes[node] = Path(words[2]).read_text()
-        return {"node-id": node}
+        key = key_bytes(load_ssh_public_key(Path(words[2]).read_bytes()))  # type: ignore[arg-type]
+        assert key not in [node.public_key for node in self.nodes]  # Flower's own rule, unregistered or not
+        self.nodes.append(NodeInfo(node_id=100 + len(self.nodes), public_key=key, name=words[5], status="registered"))
+        return {"node-id": str(self.nodes[-1].node_id)}
 
     def _supernode_unregister(self, words: list[str]) -> dict[str, Any]:
-        del self.nodes[words[2]]
+        (node,) = [node for node in self.nodes if str(node.node_id) == words[2] and node.status != "unregistered"]
+        node.status = "unregistered"
         return {}
+
+    def settings(self, address: str, authority: Path | None, run: int) -> dict[str, Any]:
+        """With which run config a run was submitted."""
+        words = self.submitted()[run]
+        config = [words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "--run-config"]
+        return {key: json.loads(value) for key, value in config}
 
     def submitted(self) -> list[list[str]]:
         return [words for words in self.asked if words[0] == "run"]
@@ -82,6 +99,8 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def script(monkeypatch: pytest.MonkeyPatch, folder: Path, *ends: str) -> Script:
     answers = Script(list(ends), folder)
     monkeypatch.setattr(deployflower, "_flwr", answers)
+    monkeypatch.setattr(deployflower, "list_nodes", lambda *_: answers.nodes)
+    monkeypatch.setattr(deployflower, "run_settings", answers.settings)
     return answers
 
 
@@ -121,12 +140,56 @@ def test_a_finished_run_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_run_that_is_going_on_is_watched_and_not_started_twice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
 ) -> None:
-    answers = script(monkeypatch, tmp_path / "run", "finished:completed")
-    answers._run([])
+    answers = going_on(monkeypatch, place, tmp_path / "run", f"run.dir={tmp_path / 'run'}")
+    supervise(place, tmp_path / "run")
+    assert len(answers.submitted()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("run.dir=/runs/other", "in /runs/other;"),
+        ("seed=7 run.dir={}", "in {} with other words;"),
+        ("run.dir=/runs/it's", "and names no run folder;"),  # words that are not ours
+    ],
+)
+def test_another_run_that_is_going_on_is_named_and_not_watched_in_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place, words: str, where: str
+) -> None:
+    folder = tmp_path / "run"
+    answers = going_on(monkeypatch, place, folder, f"run.dir={folder}")
+    monkeypatch.setattr(deployflower, "run_settings", lambda *_: {"overrides": words.format(folder)})
+    way = f"a deployment runs one at a time: wait for it, or end it with FLWR_HOME={place.home} flwr stop 0"
+    with pytest.raises(FedstrataError, match=re.escape(f"Flower run 0 is going on {where.format(folder)} {way}")):
+        supervise(place, folder)
+    assert len(answers.submitted()) == 1
+
+
+def going_on(monkeypatch: pytest.MonkeyPatch, place: Place, folder: Path, *words: str) -> Script:
+    """A deployment in which a run with these words was submitted before; it is looked at three times, then it ends."""
+    answers = script(monkeypatch, folder, "finished:completed")
+    every = [*deployrun.defaults("fcit-mini-short", WORDS), *WORDS, *words]
+    deployrun.submit(Flower(place), deployrun.settings(place, "fcit-mini-short", every, "resume"))
     looks, ls = iter(["running", "running", "running", "finished:completed", ""]), answers._ls
     monkeypatch.setattr(answers, "_ls", lambda words: (answers.runs[0].update(end=next(looks)), ls(words))[1])
-    supervise(place, tmp_path / "run")
-    assert answers.submitted() == []
+    return answers
+
+
+def test_what_the_server_calls_bad_input_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Place
+) -> None:
+    answers = script(monkeypatch, tmp_path / "run", "finished:failed", "finished:completed")
+    submit = answers._run
+
+    def refused(words: list[str]) -> dict[str, Any]:
+        told = submit(words)
+        answers.runs[-1]["status-details"] = "ServerApp failed with exception: bad input: FEDSTRATA_NODES: must name"
+        return told
+
+    monkeypatch.setattr(answers, "_run", refused)
+    with pytest.raises(BadInput, match="^FEDSTRATA_NODES: must name"):
+        supervise(place, tmp_path / "run")
+    assert len(answers.submitted()) == 1
 
 
 def test_a_superlink_that_is_away_for_a_while_is_waited_for(
@@ -181,17 +244,39 @@ def test_words_survive_the_way_through_two_quotings(
     assert shlex.split(json.loads(sent.removeprefix("overrides=")))[-1] == f"run.dir={tmp_path / 'a '}'run'"
 
 
-def test_a_rotated_key_shuts_the_old_one_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_key_but_the_present_ones_is_shut_out_whoever_registered_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     deploykeys.make(tmp_path / "keys", 2)
+    deploykeys.make(tmp_path / "strangers", 1)
     flower = Flower(Place("127.0.0.1:1", tmp_path / "keys" / "server", tmp_path / "home"))
     answers = script(monkeypatch, tmp_path / "run")
-    assert deploynodes.register(flower) == ["client-0", "client-1"]
+    flower.register(tmp_path / "strangers" / "client-0" / "node.pub", "by hand")
+    flower.register(tmp_path / "keys" / "client-0" / "node.pub", "by hand, too")
+    rule = "shut out, its key is not in nodes/"
+    assert deploynodes.register(flower) == [f"by hand: {rule}", "client-1: registered"]
     assert deploynodes.register(flower) == []
-    old = (tmp_path / "keys" / "client-1" / "node.pub").read_text()
     deploykeys.make(tmp_path / "keys", 2, rotate="client-1")
-    assert deploynodes.register(flower) == ["client-1"]
-    assert old not in answers.nodes.values()
-    assert len(answers.nodes) == 2
+    assert deploynodes.register(flower) == [f"client-1: {rule}", "client-1: registered"]
+    assert [node.status for node in answers.nodes] == ["unregistered", "registered", "unregistered", "registered"]
+    assert [name for name, _ in deploynodes.named(flower.nodes(), flower.place)] == ["client-0", "client-1"]
+
+
+def test_a_key_that_was_shut_out_before_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Flower takes no key twice, and would let a deployment wait for a client that it refuses."""
+    deploykeys.make(tmp_path / "keys", 4)
+    flower = Flower(Place("127.0.0.1:1", tmp_path / "keys" / "server", tmp_path / "home"))
+    answers = script(monkeypatch, tmp_path / "run")
+    deploynodes.register(flower)
+    flower.unregister(103)
+    with pytest.raises(BadInput, match=r"takes no key again that was unregistered, client-3: `(.*)`") as told:
+        deploynodes.register(flower)
+    hinted = str(told.value).split("`")[1].replace("KEYS", str(tmp_path / "keys"))
+    assert CliRunner().invoke(deploying.deploy, shlex.split(hinted)[2:]).exit_code == 0
+    assert deploynodes.register(flower) == ["client-3: registered"]
+    assert len(answers.nodes) == 5
 
 
 def test_what_flower_answers_is_json_or_one_clear_line(tmp_path: Path) -> None:
