@@ -33,9 +33,7 @@ class CopaConfig(MergeConfig):
     """Options of CoPA-Merging."""
 
     name: str = "copa"
-    lambda_: float = (
-        2.0  # λ, the size of what is merged: about its number of stages for the sum of all; paper 2, code 4
-    )
+    lambda_: float = 2.0  # λ, the size of what is merged; N merges N stages to about their sum; paper 2, code 4
     keep: float = 0.2  # share of each factor's entries that is kept, the largest
     clamp: float = 0.0  # S is lifted to its (1 − clamp) quantile; 0: not (the paper), 0.2: as the published code
 

@@ -9,8 +9,12 @@ whoever held its place in that round. D10: from the second stage on all that is 
 that round; what is found to be a second new task loses its training. D11: a token that is revisited becomes
 μ N + Σ n_k μ_k / (N + Σ n_k), whose norm grows by the factor N. Later rounds fold each token into the most similar one.
 
-Not reproduced: D9, batches of one client that train several subspaces, of which here it holds one; empty subspaces in
-the softmax.
+Not reproduced: D9. There, in the first round of a stage from the second on, every batch picks its subspace by the mean
+feature of its own rows, so a client whose batches fall on both sides of τ spreads its epoch over several subspaces; one
+of them is averaged, the others are overwritten by whichever client comes last. Here a client is sent one subspace and
+uploads one: for batches to choose, every client would have to get and send the whole cache with moments of its own for
+each part, the gate would have to let through adapters that nobody placed, and the bytes would be no run's of DISCO. Nor
+are the empty subspaces in the softmax, where each weighs about e^(−cos/ε): 2e-9 beside a perfect match with CLIP's ε.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -78,23 +78,27 @@ def sent() -> Callable[[Strategy], dict[int, tuple[int, list[float]]]]:
     return configure
 
 
-@pytest.fixture
-def federate(tmp_path: Path) -> Callable[..., Ran]:
-    """A whole run of fcit-mini-short, shrunk to one epoch a round: its strategy's final state and its summary."""
-    return lambda name, *words: short_run(tmp_path / f"run-{len(list(tmp_path.iterdir()))}", name, *words)
+@pytest.fixture(scope="session")
+def federate(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ran]:
+    """A whole run of fcit-mini-short, shrunk to one epoch a round: its strategy's final state and its summary.
+
+    Equal runs are run once, without a report; their folders are read only.
+    """
+    return cache(lambda name, *words: short_run(tmp_path_factory.mktemp("short") / "run", name, *words))
 
 
 @pytest.fixture(scope="session")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ran]:
-    """A whole run of fcit-mini-short, scored on the test split; each method runs once."""
-    folder = tmp_path_factory.mktemp("short")
-    return cache(lambda name: short_run(folder / name, name, "train.local_epochs=2", "evaluate.split=test"))
+def short(federate: Callable[..., Ran]) -> Callable[[str], Ran]:
+    """The same with two epochs, scored on the test split."""
+    return lambda name: federate(name, "train.local_epochs=2", "evaluate.split=test")
 
 
 def short_run(folder: Path, name: str, *words: str) -> Ran:
     torch.set_num_threads(1)
     small = ["federation.grid=inprocess", "train.local_epochs=1", "train.lr=1e-3", "evaluate.split=val"]
     config = configure.resolve("fcit-mini-short", [*small, f"strategy.name={name}", f"run.dir={folder}", *words])
-    launch.run(config, Console(quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "write_report", lambda _: None)
+        launch.run(config, Console(quiet=True))
     summary = json.loads((folder / "summary.json").read_text())
     return Ran(checkpoint.require_newest(folder).parts, summary, folder)

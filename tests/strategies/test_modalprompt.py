@@ -15,6 +15,7 @@ from fedstrata.core.adapters import Flat, Layout, fresh
 from fedstrata.core.config import LoraSection, ModelSection, RunConfig, TrainSection
 from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.stream import Example, Pixels
+from fedstrata.server.report import write_report
 from fedstrata.strategies.base import Inputs, Participant, Setup
 from fedstrata.strategies.modalprompt import Guided, ModalPrompt, ModalPromptConfig
 
@@ -172,4 +173,4 @@ def test_a_whole_run_routes_inputs_to_their_tasks_and_has_a_report(federate: Any
     assert run.summary["status"] == "completed"
     assert run.summary["routing_accuracy"] > 90
     assert run.summary["bytes_down"] == run.summary["plan"]["bytes_down"]["planned"]
-    assert "modalprompt" in (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "modalprompt" in write_report(run.folder).read_text(encoding="utf-8")
