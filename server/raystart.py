@@ -105,6 +105,7 @@ def _begin(cpus: int) -> None:
         if get_authentication_mode() != AuthenticationMode.TOKEN:
             raise FedstrataError(f"Ray {ray.__version__} does not ask for a token; it is not started without one")
         ray.init(
+            address="local",  # without it Ray would join whatever cluster RAY_ADDRESS or /tmp/ray names
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,

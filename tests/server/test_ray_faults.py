@@ -21,6 +21,7 @@ from fedstrata.server.placement import Wanted
 
 ray = raygrid.ray
 JOIN = "from fedstrata.server.raystart import start_ray; start_ray(1, {!r}); print('joined')"
+ANOTHER = "127.0.0.1:1"  # where no cluster is
 KNOCK = "import ray; ray.init(address={!r}, log_to_driver=False); print('joined')"
 
 
@@ -33,7 +34,9 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         folders = [str(Path(__file__).parent), str(folder), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(folders))
-        raystart.start_ray(2)
+        with pytest.MonkeyPatch.context() as another:
+            another.setenv("RAY_ADDRESS", ANOTHER)
+            raystart.start_ray(2)
         yield ray.get_runtime_context().gcs_address
         raystart.stop_ray()
 
@@ -172,6 +175,11 @@ def test_a_ray_of_ours_answers_nobody_without_its_token(started: str) -> None:
         assert ended.returncode == 1
         assert "joined" not in ended.stdout
         assert "Authentication token is missing or incorrect" in ended.stderr
+
+
+def test_a_ray_of_ours_is_our_own_whatever_cluster_the_environment_names(started: str) -> None:
+    assert started != ANOTHER
+    assert len(ray.nodes()) == 1
 
 
 def test_who_may_not_join_is_told_what_to_set(started: str) -> None:
