@@ -178,10 +178,7 @@ def grid(name: str, case: Case, attacks: Mapping[str, Forge], seeds: int) -> Ite
 
 
 def trial(case: Case, rule: Rule, attack: str, forge: Forge, seed: int) -> dict[str, float]:
-    """The worst subspace of one attacked round; what nobody attacked has the bits of a run without the hostile.
-
-    With a clip that is left out: the median norm is one of the whole round, so the hostile move it for all.
-    """
+    """The worst subspace of one attacked round; what nobody attacked has the bits of a run without the hostile."""
     hostile = dict.fromkeys(case.hostile if attack != "none" else (), forge)
     attacked = _begun(case, rule, attack, seed)
     starts = {j: _adapter(attacked, j) for j in range(case.groups)}
@@ -189,7 +186,7 @@ def trial(case: Case, rule: Rule, attack: str, forge: Forge, seed: int) -> dict[
         attacked.tokens = dict.fromkeys(hostile, VICTIM)
     refused = len(attacked.next(hostile).rejected)
     hit = {attacked.tokens.get(client, client % case.groups) for client in hostile} or {VICTIM}
-    if hostile and len(hit) < case.groups and not rule.clip:
+    if hostile and len(hit) < case.groups:
         without = _begun(case, rule, attack, seed)
         without.away = frozenset(hostile)
         without.next()

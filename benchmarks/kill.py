@@ -31,7 +31,7 @@ from typing import Any
 
 HARNESS = Path(__file__).parents[1] / "tests" / "faults"
 FAULTS = ("raylet", "actor", "stop")
-COUNTS = ("trials", "good", "kills", "commits_lost", "other_bits", "not_ended")
+COUNTS = ("trials", "good", "kills", "commits_lost", "other_bits", "not_ended", "processes_left")
 Part = tuple[str, int, dict[str, Any]]  # grid, number of trials, fields of the harness's plan
 
 
@@ -46,18 +46,24 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill-") as name:
         harness.warm(["federation.grid=inprocess"])
         for number, (grid, trials, fields) in enumerate(_suite(arguments) if arguments.all else _asked(arguments)):
-            seeds, words = range(arguments.seed, arguments.seed + trials), [f"federation.grid={grid}"]
+            seeds = range(arguments.seed, arguments.seed + trials)
+            words = [f"federation.grid={grid}", *arguments.words]
             plan = harness.Plan(**{"kills": arguments.kills, **fields})
             part = harness.run_trials(Path(name) / str(number), seeds, words, plan)
             print(words, fields, {key: part[key] for key in COUNTS}, flush=True)
             control = arguments.all and plan.leave_out
             bad += not part["commits_lost"] if control else part["good"] < part["trials"]
             parts.append(part)
-    result = {"version": 1, "command": f"python benchmarks/kill.py {' '.join(sys.argv[1:])}", "machine": _machine()}
-    if arguments.json:
-        whole = {**result, "seconds": round(time.monotonic() - began, 1), "runs": parts}
-        arguments.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            if arguments.json:
+                _write(arguments.json, parts, time.monotonic() - began)
     return int(bad > 0)
+
+
+def _write(path: Path, parts: list[Any], seconds: float) -> None:
+    """After every part, so that a call that takes hours shows what it has."""
+    head = {"version": 1, "command": f"python benchmarks/kill.py {' '.join(sys.argv[1:])}", "machine": _machine()}
+    tree = {**head, "seconds": round(seconds, 1), "runs": parts}
+    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -70,6 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--power-cut", action="store_true")
     parser.add_argument("--break", dest="leave_out", default="", choices=["fsync", "rename"])
     parser.add_argument("--fault", nargs="+", default=[""], choices=FAULTS, help="of the trials over Ray")
+    parser.add_argument("--words", nargs="*", default=[], help="config of the runs beside the grid")
     parser.add_argument("--points", action="store_true", help="one run, broken off at every named crash point")
     parser.add_argument("--rotate", action="store_true", help="with --points: each commit at one of them")
     parser.add_argument("--json", type=Path)
@@ -95,7 +102,7 @@ def _suite(arguments: argparse.Namespace) -> list[Part]:
         ("inprocess", 1, _points(arguments.rotate)),
         ("inprocess", some, {"power_cut": True}),
         *[("inprocess", few, {"power_cut": True, "leave_out": flush}) for flush in ("fsync", "rename")],
-        *[("ray", max(1, arguments.ray // 2), {"fault": fault}) for fault in FAULTS],
+        *[("ray", max(1, arguments.ray // 5), {"fault": fault}) for fault in FAULTS],
     ]
 
 

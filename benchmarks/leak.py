@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedstrata.benchmarks.measure import Result
 from fedstrata.benchmarks.rounds import rounds
-from fedstrata.benchmarks.trees import tree
+from fedstrata.server.supervise import tree
 
 WORDS = ["federation.actors=2", "federation.rounds_per_stage=999", "train.local_epochs=1"]
 GROWTH = "memory after the last round / after the early one"

@@ -56,7 +56,7 @@ class Federation:
         options: DISCO's.
         groups: how many subspaces there are; client k is at home in k mod groups.
         spread: norm of a client's own deviation / norm of its subspace's direction.
-        clip: whether updates are clipped to the round's median norm.
+        clip: whether updates are clipped to their subspace's median norm.
         gated: False: replies are merged as they come, to see what the gate is good for.
         tokens: client → subspace whose token it sends; its own home where it is not named.
         away: clients that take no part.
@@ -103,8 +103,9 @@ class Federation:
         updates = clipping.Updates(
             self.exchange.ask(question, seats, messages, ledger), clipping.starts(seats, messages)
         )
+        scaled = clipping.factors(updates.norms, placed, self.progress.usual) if self.clip else {}
         self.progress = self.progress.count_norms((placed[client], norm) for client, norm in updates.norms.items())
-        return replace(updates, scaled=clipping.factors(updates.norms)) if self.clip else updates
+        return replace(updates, scaled=scaled)
 
     def _seat(self, client: int) -> Seat:
         assignment = Assignment(Binding("planted", 1, self.round, client), layout=LAYOUT.hash)

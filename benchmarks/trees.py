@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedstrata.benchmarks.measure import Cost
+from fedstrata.server.supervise import tree
 
 READY = "READY"
 
@@ -83,18 +84,6 @@ def peak_memory(root: int) -> float:
     chosen = [pid for pid, name in names.items() if pid == root or name.startswith("ray::Worker")]
     lines = [line for pid in chosen for line in _read(Path(f"/proc/{pid}/status")).splitlines()]
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
-
-
-def tree(root: int) -> list[int]:
-    """A process and its descendants."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        if words := _read(path).rpartition(")")[2].split():
-            children.setdefault(int(words[1]), []).append(int(path.parent.name))
-    found = [root]
-    for pid in found:
-        found += children.get(pid, [])
-    return found
 
 
 def _ticks(path: Path) -> int:

@@ -8,18 +8,20 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedstrata.core.errors import BadInput, FedstrataError
+from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
+from fedstrata.server import guard
 from fedstrata.server.deploying import deploy
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, help="Federated continual instruction tuning.")
 cli.add_typer(deploy, name="deploy")
 console = Console()
+CTRL_C = 130  # what typer makes of a KeyboardInterrupt that nobody has caught
 
 Words = Annotated[list[str] | None, typer.Argument(help="A recipe (optional), then key=value words.")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder.")]
@@ -234,38 +236,51 @@ def write_json(path: Path | None, result: object) -> None:
 def main() -> None:
     """The console script. SIGTERM, which a batch system or `docker stop` sends, ends a run as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end(code(guarded=sys.argv[1:2] in (["run"], ["resume"])))
+
+
+def code(guarded: bool = False) -> int:
+    """Does what the command line says; its exit code. guarded: the run is a process of its own below this one."""
     try:
-        cli(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        if guarded:
+            guard.begin()
+        stopped = cli(standalone_mode=False)
+        if stopped == CTRL_C:
+            raise Interrupted("interrupted before it began; the same command begins it again")
+    except SystemExit as stop:  # the command's, above a run; click's, where nobody reads what it prints
+        return stop.code if isinstance(stop.code, int) else FedstrataError.exit_code
     except FedstrataError as error:
         Console(stderr=True).print(f"[bold red]{_title(error)}[/bold red] {escape(str(error))}", soft_wrap=True)
-        _end(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(75)
+        return Interrupted.exit_code
     except Exception as error:
-        _other(error)
+        return _other(error)
+    return stopped or 0
 
 
-def _end(code: int) -> NoReturn:
+def end(code: int) -> None:
     """Ends the process; at once where a dead Ray was left behind, whose own end would be another code."""
+    guard.tell(code=code)
     raystart = sys.modules.get("fedstrata.server.raystart")
     if raystart and raystart.ABANDONED.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _title(error: FedstrataError) -> str:
     return "bad input:" if isinstance(error, BadInput) else "failed:"
 
 
-def _other(error: Exception) -> None:
+def _other(error: Exception) -> int:
     """Usage errors of the command line itself are bad input too; the rest is a bug and shows its traceback."""
     import click
 
     if isinstance(error, click.ClickException):
         error.show()
-        sys.exit(2)
-    raise error
+        return BadInput.exit_code
+    sys.excepthook(type(error), error, error.__traceback__)
+    return FedstrataError.exit_code

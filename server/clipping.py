@@ -1,6 +1,6 @@
-"""`federation.clip`: no update of a round moves further than their median."""
+"""`federation.clip`: no update of a subspace moves further than the median of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, cast
@@ -19,6 +19,9 @@ from fedstrata.server.intake import Passed
 if TYPE_CHECKING:
     from fedstrata.server.noise import Noise
 
+ENOUGH = 3  # updates of a subspace in a round, for their median to be theirs
+LOUD = 2.0  # times the round's median that a subspace's own may be
+
 
 def starts(seats: Sequence[Seat], messages: Sequence[Message]) -> dict[int, Flat]:
     """partition → the adapter that it was sent; those of one subspace share its bytes."""
@@ -29,10 +32,23 @@ def starts(seats: Sequence[Seat], messages: Sequence[Message]) -> dict[int, Flat
     return {partition: view(arrays[records.FLAT]) for partition, arrays in sent.items() if records.FLAT in arrays}
 
 
-def factors(norms: Mapping[int, float]) -> dict[int, float]:
-    """partition → what its update is multiplied by, for those that are longer than the median of the norms."""
-    most = median(norms.values()) if norms else 0.0
-    return {partition: most / norm for partition, norm in norms.items() if norm > most}
+def factors(
+    norms: Mapping[int, float], placement: Mapping[int, int], usual: Callable[[int], float | None]
+) -> dict[int, float]:
+    """partition → what its update is multiplied by, for those that are longer than their subspace's limit.
+
+    That is the median of its updates in this round; of fewer than three, where one hostile client would decide it, the
+    median of its earlier ones (`usual`); and at most twice the median of the whole round, since a subspace's clients
+    may be mostly hostile. Where the subspace is not known yet, it is the median of the round.
+    """
+    groups: dict[int, list[float]] = {}
+    for partition, norm in norms.items():
+        groups.setdefault(placement.get(partition, 0), []).append(norm)
+    whole = median(norms.values()) if norms else 0.0
+    own = {j: median(found) if len(found) >= ENOUGH else usual(j) or whole for j, found in groups.items()}
+    most = {subspace: min(length, LOUD * whole) for subspace, length in own.items()}
+    limits = {partition: most[placement.get(partition, 0)] for partition in norms}
+    return {partition: limits[partition] / norm for partition, norm in norms.items() if norm > limits[partition]}
 
 
 @dataclass(frozen=True)

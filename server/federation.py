@@ -181,7 +181,8 @@ class Federation:
         updates = clipping.Updates(good, clipping.starts(seats, messages))
         ledger.accepted, ledger.norms = {passed.partition for passed in good}, updates.norms
         if section.clip == "median":
-            return replace(updates, scaled=clipping.factors(ledger.norms))
+            scaled = clipping.factors(ledger.norms, self.strategy.placement(), self.progress.usual)
+            return replace(updates, scaled=scaled)
         return noise.guarded(updates, self.strategy, section, noise.key_of(self.config, self.progress))
 
     def _data(self, seat: Seat) -> tuple[int, str]:

@@ -1,9 +1,8 @@
 """From a config to a finished run folder."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,17 @@ from fedstrata.core.config import RunConfig
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.core.metrics import AccuracyMatrix
 from fedstrata.core.records import Description
-from fedstrata.core.tracking import open_tracker, plain
-from fedstrata.server import beyond, memory, resuming
+from fedstrata.core.tracking import open_tracker
+from fedstrata.server import beyond, ending, guard, memory, resuming
 from fedstrata.server.checkpoint import Found
 from fedstrata.server.chronicle import Chronicle
 from fedstrata.server.display import Display
 from fedstrata.server.federation import Federation
 from fedstrata.server.plan import plan_of
-from fedstrata.server.planned import actual_of, compare
 from fedstrata.server.preparing import Prepared, prepare
 from fedstrata.server.progress import Progress
 from fedstrata.server.report import write_report
-from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder, locked, unused
+from fedstrata.server.runfolder import CONFIG, RunFolder, locked, unused
 from fedstrata.server.summary import summarise
 from fedstrata.strategies.base import Parts, Strategy
 
@@ -53,6 +51,7 @@ def run(config: RunConfig, console: Console, grid: Grid | None = None) -> Path:
                 raise _taken(folder)
             text = yaml.safe_dump(configuration.to_dict(prepared.config), sort_keys=False)
             durable.write_atomic(folder / CONFIG, text.encode())
+            guard.tell(folder=str(folder))
             return _run(prepared, folder, console)
     finally:
         prepared.close()
@@ -76,6 +75,7 @@ def resume(
     found = RunFolder(folder)
     config = resuming.read_config(found, words)
     with storage(folder), locked(folder):
+        guard.tell(folder=str(folder))
         start = resuming.starting_point(found, from_stage)
         _hello(config, folder, console)
         prepared = prepare(config, grid, start.commit.progress.get("lineage", "") if start.commit else "")
@@ -121,6 +121,7 @@ def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None
     config, progress = prepared.config, federation.progress
     all_rounds = config.federation.rounds_per_stage * len(prepared.scenario.stages)
     status, began = "failed", time.perf_counter() - progress.wall_seconds
+    ended: float | None = None
     elsewhere: dict[str, float | None] = {}
     try:
         if start:
@@ -129,6 +130,8 @@ def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None
         if skipped * 2 > all_rounds:
             raise FedstrataError(f"{skipped} of {all_rounds} rounds were skipped; see {folder / 'events.jsonl'}")
         elsewhere = beyond.score(federation)
+        ended = time.perf_counter()
+        prepared.close()  # a Ray that dies while it is left may still take this process along
         status = "completed"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -141,7 +144,8 @@ def _run(prepared: Prepared, folder: Path, console: Console, start: Found | None
         raise
     finally:
         federation.chronicle.display.close()
-        _finish(federation, prepared.description, status, time.perf_counter() - began, elsewhere)
+        wall = (ended or time.perf_counter()) - began
+        _finish(federation, prepared.description, status, wall, elsewhere)
         write_report(folder)
     return folder
 
@@ -212,13 +216,8 @@ def _finish(
     federation: Federation, description: Description, status: str, wall: float, elsewhere: Mapping[str, float | None]
 ) -> None:
     federation.progress = replace(federation.progress, wall_seconds=wall)
-    rejected = dict(federation.progress.rejected)
-    planned = compare(RunFolder(federation.folder).events(), actual_of(federation.progress))
     told = {**summarise(federation, description, status), **elsewhere}
-    summary = plain({**told, "rejected": rejected, "plan": planned})
-    with closing(federation.chronicle.tracker) as tracker:
-        durable.write_atomic(federation.folder / SUMMARY, json.dumps(summary, indent=1).encode())
-        tracker.event("run_finished", **summary)
+    ending.write(federation.folder, federation.progress, told, federation.chronicle.tracker)
 
 
 def _free_folder(config: RunConfig) -> Path:

@@ -122,8 +122,9 @@ class Prepared:
         return {**belongs, "versions": versions()}
 
     def close(self) -> None:
-        """Ends the grid, if it was started here."""
+        """Ends the grid, if it was started here; once."""
         if self.owned and isinstance(self.grid, LocalGrid):
+            self.owned = False
             self.grid.close()
 
 

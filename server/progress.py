@@ -91,8 +91,12 @@ class Progress:
 
     def limit(self, subspace: int) -> float:
         """The largest norm that an update of the subspace may have; infinite until enough of them were seen."""
+        return LIMIT * (self.usual(subspace) or float("inf"))
+
+    def usual(self, subspace: int) -> float | None:
+        """The median norm of the subspace's latest updates; None until enough of them were seen."""
         seen = self.norms.get(subspace, ())
-        return LIMIT * median(seen) if len(seen) >= WARM and median(seen) > 0 else float("inf")
+        return median(seen) if len(seen) >= WARM else None
 
     def count_norms(self, found: Iterable[tuple[int, float]]) -> "Progress":
         """Adds (subspace, norm) of accepted updates."""

@@ -31,6 +31,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import RayError
 
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
+from fedstrata.server import guard
 
 RAY_VERSION = "2.55.1"  # of which the private corners above are; a test names it
 KEY = "federation.ray_address"
@@ -71,7 +72,7 @@ def _raylets() -> list[subprocess.Popen[bytes]]:
 
 def _watch(raylet: subprocess.Popen[bytes]) -> None:
     """Says it at once: the next object that is put, fetched or let go of may end this process before `check_ray`."""
-    if raylet.wait() not in (0, -signal.SIGTERM):
+    if raylet.wait() not in (0, -signal.SIGTERM) and not guard.tell(reason=DEAD):
         print(f"{DEAD}; the last commit stands: fedstrata resume goes on from it", file=sys.stderr, flush=True)
 
 

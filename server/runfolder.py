@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from fedstrata.core.metrics import AccuracyMatrix
 CONFIG, EVENTS, MATRIX, SUMMARY, REPORT = "config.yaml", "events.jsonl", "matrix.json", "summary.json", "report.html"
 CHECKPOINTS, LOCK = "checkpoints", "lock"
 SUMMARY_VERSION = 1
+PATIENCE = 0.5  # seconds that a run folder's lock is waited for
 
 
 class RunFolder:
@@ -137,14 +139,26 @@ def locked(path: Path) -> Iterator[None]:
     durable.make_folder(path / CHECKPOINTS)
     file = os.open(path / CHECKPOINTS / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(file):
             holder = os.read(file, 20).decode(errors="replace") or "?"
-            raise BadInput(f"{path}: is being written by process {holder}") from None
+            raise BadInput(f"{path}: is being written by process {holder}")
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
             os.ftruncate(file, 0)
             os.pwrite(file, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(file)
+
+
+def _taken(file: int) -> bool:
+    """Whether the lock is ours now; a process that has just been killed takes a moment to let go of it."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(PATIENCE / 10)
+        else:
+            return True

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_bound,
+                preexec_fn=bound,
             )
         self._since, self.starts = now, self.starts + 1
 
@@ -86,7 +87,7 @@ class Child:
             self._process.wait()
 
 
-def _bound() -> None:
+def bound() -> None:
     """In the child: it is killed when its parent dies, however that dies."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
 
@@ -103,6 +104,19 @@ def tend(
     finally:
         for child in reversed(children):
             child.end()
+
+
+def tree(root: int) -> list[int]:
+    """A process and its descendants (Linux)."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent = path.read_text(errors="replace").rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(path.parent.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
 
 
 def alive(pid: int) -> bool:

@@ -25,7 +25,8 @@ from rich.console import Console
 
 from fedstrata.client.world import scenario_of
 from fedstrata.core import durable
-from fedstrata.server import checkpoint, configure, launch
+from fedstrata.core.errors import Interrupted
+from fedstrata.server import checkpoint, configure, guard, launch, supervise
 
 STEPS = ("put", "sync_file", "rename", "sync_folder", "remove")
 POINTS = tuple((step, when, role) for step in STEPS for when in ("before", "after") for role in ("blob", "manifest"))
@@ -37,6 +38,7 @@ FAULTS = {  # process that is hit (its name begins so), signal, config that the 
 PATIENCE = 300.0  # seconds in which a run must end after a fault
 BREAKS = {"fsync": "sync_file", "rename": "sync_folder"}  # what is left out: the flush of the data or of the rename
 DONE = "done"
+HOW_TO_GO_ON = "; the last commit stands; to go on from it: fedstrata resume"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Trial:
     Attributes:
         lost: acknowledged commits that were not there after a kill.
         exits: how every process ended that ended by itself; after a fault more than one: the run was resumed.
-        told: whether a run that a fault ended said what had happened; Ray may end the process too fast for that.
+        told: whether a run that a fault ended said so and how to go on, and left a summary that says interrupted.
+        said: what that was: by the run, or by the command above it.
+        left: processes of the run that were still there when its command had ended.
     """
 
     seed: int
@@ -79,10 +83,12 @@ class Trial:
     commits_at_kills: list[int] = field(default_factory=list)
     exits: list[int] = field(default_factory=list)
     told: bool | None = None
+    said: str = ""
+    left: int = 0
 
     @property
     def good(self) -> bool:
-        return self.ended == DONE and self.same and not self.lost
+        return self.ended == DONE and self.same and not self.lost and not self.left and self.told is not False
 
 
 class Place:
@@ -123,7 +129,7 @@ def warm(words: Sequence[str]) -> None:
 
 
 def start(place: Place, words: Sequence[str], plan: Plan) -> int:
-    """Forks a process (of its own group) that runs or resumes; returns its id."""
+    """Forks a process (of its own group) that runs or resumes, as the command does; returns its id."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -134,8 +140,15 @@ def start(place: Place, words: Sequence[str], plan: Plan) -> int:
         log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        guard.begin()
         _disturb(place, plan)
         code = _work(place, words)
+        guard.tell(code=code)
+    except SystemExit as told:
+        code = int(told.code or 0)
+    except launch.FedstrataError as error:
+        print(f"{type(error).__name__}: {error}")
+        code = error.exit_code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -147,7 +160,7 @@ def _work(place: Place, words: Sequence[str]) -> int:
     quiet = Console(quiet=True)
     try:
         if (place.run / "config.yaml").exists():
-            launch.resume(place.run, quiet)
+            launch.resume(place.run, quiet, words=words)
         else:
             launch.run(config(words, place.run), quiet)
     except launch.FedstrataError as error:
@@ -188,6 +201,7 @@ def _breaking(place: Place, plan: Plan, step: str) -> Callable[..., None]:
                 if when == "after":
                     real(*arguments)
                 mark.touch()
+                os.kill(os.getppid(), signal.SIGKILL)  # the command above the run
                 os.kill(os.getpid(), signal.SIGKILL)
         real(*arguments)
 
@@ -303,7 +317,9 @@ def run_trial(seed: int, root: Path, words: Sequence[str], plan: Plan, expected:
     while not trial.ended:
         delay = rng.uniform(0, lasts) if trial.kills < plan.kills else None
         code = wait(start(place, words, plan), delay)
+        trial.left += guard.end_what_is_left() if code is not None else 0
         if code is None:
+            guard.end_what_is_left()  # a run that killed itself
             trial.kills += 1
             _after_kill(trial, place, plan, rng)
             trial.ended = trial.ended or (DONE if place.completed else "")  # killed between the last word and the exit
@@ -324,27 +340,32 @@ def _finished(trial: Trial, place: Place, expected: str, began: float) -> Trial:
 
 
 def run_fault(seed: int, root: Path, words: Sequence[str], plan: Plan, expected: str) -> Trial:
-    """One of Ray's processes is hit in the round after a random commit; what has ended with a word is resumed."""
+    """One of Ray's processes is hit after a random commit; what has ended with a word is resumed: over Ray where the
+    seed is even, in one process where it is odd.
+    """
     name, number, needs = FAULTS[plan.fault]
     trial, place, rng, began = Trial(seed, "ray"), Place(root), random.Random(seed), time.monotonic()
     pid, after = start(place, [*words, *needs], plan), rng.randint(1, 4)
     while place.acknowledged() < after and not place.completed:
         time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.3))
+    time.sleep(rng.uniform(0, 1.5))
     trial.commits_at_kills.append(place.acknowledged())
-    for victim in [process for process in descendants(pid) if _comm(process).startswith(name)][:1]:
+    for victim in [process for process in supervise.tree(pid) if _comm(process).startswith(name)][:1]:
         os.kill(victim, number)
         trial.kills += 1
     code = wait(pid, PATIENCE)
     while code is not None and not trial.ended:
         trial.exits.append(code)
+        trial.left += guard.end_what_is_left()
         if code == 0:
             trial.ended = DONE if trial.kills else "nothing was hit"
-        elif len(trial.exits) > 1 or code not in (1, 75):
+        elif len(trial.exits) > 1 or code != Interrupted.exit_code:
             trial.ended = f"exits {trial.exits}: {place.log.read_text()[-300:]}"
         else:
-            trial.told = "the last commit stands" in place.log.read_text()
-            code = wait(start(place, words, plan), PATIENCE)
+            said = [line for line in place.log.read_text().splitlines() if HOW_TO_GO_ON in line]
+            trial.said = said[-1].partition(HOW_TO_GO_ON)[0] if said else ""
+            trial.told = bool(said) and place.summary().get("status") == "interrupted"
+            code = wait(start(place, ["federation.grid=inprocess"] if seed % 2 else [], plan), PATIENCE)
     trial.ended = trial.ended or f"killed by a signal, or not ended in {PATIENCE:g} s"
     return _finished(trial, place, expected, began)
 
@@ -374,43 +395,16 @@ def _newest(place: Place) -> int:
 
 
 def wait(pid: int, delay: float | None) -> int | None:
-    """The exit code; None when the process was killed, after `delay` seconds or by itself."""
+    """The exit code; None when the process was killed with all below it, after `delay` seconds or by itself."""
     deadline = None if delay is None else time.monotonic() + delay
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            end(descendants(pid))
             return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
         if deadline is not None and time.monotonic() >= deadline:
-            end([pid, *descendants(pid)])
-            os.waitpid(pid, 0)
+            guard.end_what_is_left()
             return None
         time.sleep(0.005)
-
-
-def end(pids: Sequence[int]) -> None:
-    """SIGKILL to each of these processes, all of them our own."""
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def descendants(leader: int) -> list[int]:
-    """Every process below `leader`, and whoever else is in its session (Ray's daemons make groups of their own)."""
-    parents, sessions = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                words = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)], sessions[int(entry.name)] = int(words[1]), int(words[3])
-    found = {pid for pid, session in sessions.items() if session == leader}
-    while more := {pid for pid, parent in parents.items() if parent in found | {leader}} - found:
-        found |= more
-    return sorted(found - {leader})
 
 
 def reference(root: Path, words: Sequence[str]) -> tuple[str, float]:
@@ -423,7 +417,9 @@ def reference(root: Path, words: Sequence[str]) -> tuple[str, float]:
 
 def run_trials(root: Path, seeds: Sequence[int], words: Sequence[str], plan: Plan) -> dict[str, Any]:
     """Several trials beside one uninterrupted run, for faults of Ray's one without Ray: its bits are the same."""
-    expected, lasts = reference(root / "whole", ["federation.grid=inprocess"] if plan.fault else words)
+    guard.adopt_orphans()
+    alone = [word for word in words if not word.startswith("federation.grid=")] + ["federation.grid=inprocess"]
+    expected, lasts = reference(root / "whole", alone if plan.fault else words)
     trials = []
     for seed in seeds:
         folder = root / f"trial-{seed}"
@@ -445,5 +441,6 @@ def run_trials(root: Path, seeds: Sequence[int], words: Sequence[str], plan: Pla
         "commits_lost": sum(trial.lost for trial in trials),
         "other_bits": sum(trial.ended == DONE and not trial.same for trial in trials),
         "not_ended": sum(trial.ended != DONE for trial in trials),
+        "processes_left": sum(trial.left for trial in trials),
         "each": [asdict(trial) for trial in trials],
     }

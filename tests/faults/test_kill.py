@@ -52,9 +52,10 @@ def test_without_a_flush_the_harness_reports_losses(tmp_path: Path, flush: str) 
     assert code == 1
 
 
-def test_a_run_whose_raylet_is_killed_ends_by_itself_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    code, found = kill(tmp_path, "--ray", "1", "--fault", "raylet")
+def test_a_run_whose_raylet_is_killed_ends_truthfully_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    small = ["--words", "federation.rounds_per_stage=1", "federation.actors=1"]
+    code, found = kill(tmp_path, "--ray", "1", "--fault", "raylet", "--seed", "1", *small)
     (trial,) = found["each"]
-    assert (trial["kills"], trial["lost"], trial["same"]) == (1, 0, True), found
-    assert trial["exits"] in ([1, 0], [75, 0])
+    assert (trial["kills"], trial["lost"], trial["same"], trial["left"]) == (1, 0, True, 0), found
+    assert (trial["exits"], trial["told"]) == ([75, 0], True), found
     assert code == 0

@@ -48,11 +48,7 @@ def fedstrata(*words: str | Path) -> Said:
         patch.setattr(sys, "argv", ["fedstrata", *map(str, words)])
         patch.setenv("COLUMNS", "200")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.main()
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code or 0)
+            code = cli.code()
     return Said(code, out.getvalue(), err.getvalue())
 
 

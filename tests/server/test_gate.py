@@ -397,7 +397,7 @@ def test_three_rejections_in_a_row_send_a_client_away_for_five_rounds() -> None:
     assert (again.quarantine, again.rejected) == ({0: 8}, {"norm": 2})
 
 
-def test_updates_above_the_rounds_median_are_scaled_down_to_it() -> None:
+def test_updates_above_their_subspaces_median_are_scaled_down_to_it() -> None:
     starts = {partition: np.ones(SIZE, np.float32) for partition in range(3)}
     sent = [request(partition) for partition in range(3)]
     flats = [np.ones(SIZE, np.float32) + np.float32(step) * np.eye(SIZE, dtype=np.float32)[0] for step in (1, 2, 8)]
@@ -406,12 +406,32 @@ def test_updates_above_the_rounds_median_are_scaled_down_to_it() -> None:
     norms = {partition: distance(flat, starts[partition]) for partition, flat in enumerate(flats)}
     assert norms == {0: 1.0, 1: 2.0, 2: 8.0}
     passed = [Passed(p, Update(GOOD, norms[p]), lambda p=p: came[p]) for p in came]
-    updates = clipping.Updates(passed, starts, clipping.factors(norms))
-    assert clipping.factors({}) == {}
+    updates = clipping.Updates(passed, starts, clipping.factors(norms, {}, EMPTY.usual))
     clipped = [records.read_train_reply(message).flat.tolist() for message in updates]
     assert clipped == [[2, 1, 1, 1], [3, 1, 1, 1], [3, 1, 1, 1]]
     assert [m.metadata.reply_to_message_id for m in updates] == [m.metadata.message_id for m in sent]
     assert good[2][1].flat[0] == 9  # what came is not changed
+
+
+def test_a_subspace_is_clipped_to_what_is_usual_in_it() -> None:
+    placement = {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1, 7: 2}
+    norms = {1: 1.0, 2: 2.0, 3: 3.0, 4: 50.0, 5: 32.0, 6: 80.0, 7: 20.0}
+    # subspace 0: the median of its own four, 2.5; 1 and 2 have fewer than three: that of the round, 20
+    assert clipping.factors(norms, placement, EMPTY.usual) == {3: 2.5 / 3, 4: 0.05, 5: 0.625, 6: 0.25}
+    # subspace 1 is known by five earlier updates whose median is 32; one fewer is not enough to know 2 by
+    known = EMPTY.count_norms([*((1, n) for n in (10.0, 20.0, 32.0, 50.0, 9e9)), *((2, 1.0) for _ in range(4))])
+    assert clipping.factors(norms, placement, known.usual) == {3: 2.5 / 3, 4: 0.05, 6: 0.4}
+    assert clipping.factors({}, {}, EMPTY.usual) == {}
+    assert clipping.factors({1: 4.0}, {}, EMPTY.usual) == {}
+
+
+def test_a_loud_subspace_neither_loosens_the_clip_of_a_quiet_one_nor_gets_out_of_hand_itself() -> None:
+    placement = {p: p // 5 for p in range(15)}
+    quiet = dict.fromkeys(range(4), 1.0) | {4: 9.0}  # 4 is hostile; the round's median is 4
+    loud = {p: 4.0 if p < 10 else 6.0 for p in range(5, 15)}
+    assert clipping.factors(quiet | loud, placement, EMPTY.usual) == {4: 1 / 9}
+    taken = dict.fromkeys(range(10, 13), 1e6) | {13: 4.0, 14: 4.0}  # most of subspace 2 is hostile: twice the median, 8
+    assert clipping.factors(quiet | loud | taken, placement, EMPTY.usual) == {4: 1 / 9, 10: 8e-6, 11: 8e-6, 12: 8e-6}
 
 
 PREDICTION = {"id": "a", "prediction": "x", "answer": "x", "score": 1.0, "weights": [1.0]}

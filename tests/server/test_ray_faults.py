@@ -124,7 +124,7 @@ def test_where_a_dead_ray_was_left_behind_the_process_ends_at_once(monkeypatch: 
     if left:
         raystart.ABANDONED.set()
     with pytest.raises(SystemExit, match="^75$"):  # reached since this `_exit` comes back
-        cli._end(75)
+        cli.end(75)
     assert ended == ([75] if left else [])
 
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from fedstrata.core import durable, tracking
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
-from fedstrata.server import checkpoint, configure, launch, results
+from fedstrata.server import checkpoint, configure, ending, launch, results
 from fedstrata.server.arrivals import ArrivingRayGrid
 from fedstrata.server.federation import Federation
 from fedstrata.server.flower_private import become_server
@@ -324,6 +324,20 @@ def test_more_than_one_damaged_commit_is_not_passed_over_in_silence(copy: Path, 
 def test_a_run_stopped_between_its_last_commit_and_its_summary_ends_the_same(copy: Path, whole: Path) -> None:
     launch.resume(copy, QUIET)
     same(copy, whole)
+
+
+def test_the_end_of_a_run_that_could_not_write_it_is_told_by_its_last_commit(copy: Path, whole: Path) -> None:
+    ending.interrupted(copy)
+    told, known = final(copy), final(whole)
+    assert told.keys() == known.keys()
+    commit = checkpoint.require_newest(copy)
+    assert told["status"] == "interrupted"
+    assert told["final_state_sha256"] == checkpoint.state_sha256(commit.parts) == known["final_state_sha256"]
+    unknown = {"cohort_size", "subspaces", "adapter_rank", "cosine_between", "base", "text_encoder"}
+    assert {key for key in told if told[key] != known[key]} - {"plan", "wall_seconds"} == {"status", *unknown}
+    assert all(told[key] is None for key in unknown)
+    assert RunFolder(copy).events()[-1]["event"] == "run_finished"
+    same(launch.resume(copy, QUIET), whole)
 
 
 def test_what_was_told_of_a_round_that_was_not_committed_is_told_once(

@@ -106,7 +106,7 @@ def ask(grid: Grid, strategy: Any, folder: Path | None, upload: str = "float32",
     updates = clipping.Updates(
         Exchange(grid, 60, Replies(folder)).ask(question, seats, sent, ledger), clipping.starts(seats, sent)
     )
-    scaled = clipping.factors(updates.norms) if clip else {}
+    scaled = clipping.factors(updates.norms, {}, lambda _: None) if clip else {}
     strategy.aggregate_train(1, clipping.Updates(updates.passed, updates.sent, scaled))
     return ledger
 
