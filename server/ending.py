@@ -33,8 +33,8 @@ def interrupted(folder: Path) -> None:
         BadInput: another process has gone on with it, or its config or commits cannot be read.
         OSError: the folder cannot be written.
     """
+    config = resuming.read_config(RunFolder(folder))
     with locked(folder):
-        config = resuming.read_config(RunFolder(folder))
         commit = checkpoint.newest(folder / CHECKPOINTS)
         progress = Progress.from_json(commit.progress) if commit else Progress(AccuracyMatrix((), (), ()))
         write(folder, progress, of_commit(config, progress, commit), JsonLines(folder / EVENTS))

@@ -85,6 +85,7 @@ def test_what_ends_before_it_has_a_folder_has_failed(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_read_is_told_beside_the_end(tmp_path: Path) -> None:
     code, _, err = ended(command(tmp_path / "none", "guard.tell(folder=folder)", "os._exit(1)"))
     assert (code, "summary.json could not be written" in err) == (75, True)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(("line", "code"), [("pass", 0), ("raise SystemExit(5)", 5), ("1 / 0", 1)])
