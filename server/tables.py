@@ -32,6 +32,7 @@ OPTIONAL: Mapping[str, How] = {  # shown where a run has them
     "unseen_before": ("unseen tasks: base", number),
     "unseen": ("unseen tasks: after", number),
 }
+ABREAST = 5  # methods side by side in a terminal of 80 columns
 Grid = list[list[str]]  # the first row holds the headings
 
 
@@ -89,7 +90,7 @@ class Comparison:
 
     def table(self) -> Group:
         """For a terminal: per scenario one table of measures and one of last scores by task, then the notes."""
-        shown = [_rich(title, grid) for table in self.tables for title, grid in grids(table)]
+        shown = [part for table in self.tables for title, grid in grids(table) for part in _rich(title, grid)]
         return Group(*shown, *map(Text, self.notes))
 
     def markdown(self) -> str:
@@ -137,10 +138,8 @@ def grids(table: ScenarioTable) -> list[tuple[str, Grid]]:
     heads = ["strategy", "seeds", *(heading for heading, _ in shown.values()), *gap, *above]
     body = [[row.label, str(len(row.seeds)), *_measures(row, shown), *_gap(table, row)] for row in table.rows]
     by_task = [[row.label, *(_cell(row, row.tasks[task], number) for task in table.tasks)] for row in table.rows]
-    return [
-        (table.scenario, [heads, *body]),
-        (f"{table.scenario}: last, by task", [["strategy", *table.tasks], *by_task]),
-    ]
+    tasks = [(f"{table.scenario}: last, by task", [["strategy", *table.tasks], *by_task])]
+    return [(table.scenario, [heads, *body]), *(tasks if table.tasks else [])]  # without a run no task is known
 
 
 def _shown(table: ScenarioTable) -> dict[str, How]:
@@ -167,15 +166,17 @@ def _gap(table: ScenarioTable, row: Row) -> list[str]:
     return [*cells, *([UNDEFINED if found is None else found.text()] if table.baseline else [])]
 
 
-def _rich(title: str, grid: Grid) -> Table:
-    """Turned over, one column per method: a terminal is seldom wide enough for eight tasks side by side."""
-    heads, *rows = zip(*grid, strict=True)
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for i, heading in enumerate(heads):
-        table.add_column(Text(heading), justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+def _rich(title: str, grid: Grid) -> Iterator[Table]:
+    """Turned over, one column per method: a terminal is seldom wide enough for eight tasks, or for many methods."""
+    names, *methods = grid
+    for start in range(0, len(methods), ABREAST):
+        heads, *rows = zip(names, *methods[start : start + ABREAST], strict=True)
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+        for i, heading in enumerate(heads):
+            table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        yield table
 
 
 def _markdown(title: str, grid: Grid) -> str:

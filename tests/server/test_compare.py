@@ -199,6 +199,19 @@ def test_markup_in_names_stays_text(write_run: WriteRun) -> None:
     assert "[red]a|b" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_many_methods_with_long_names_are_whole_in_a_terminal_of_80_columns(write_run: WriteRun) -> None:
+    rates = [round(1e-3 + step * 1e-4, 5) for step in range(13)]
+    runs = enumerate(rates)
+    comparison = compare([write_run(f"r{i}", config={"train": {"lr": r}}, rows=ending(60.0 + i)) for i, r in runs])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(comparison.table())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [f"{60 + i}.0" in shown for i in range(13)] == [True] * 13
+    letters = "".join(shown.split())
+    assert "…" not in shown
+    assert all(f"{rate}" in letters for rate in (rates[0], rates[-1]))
+
+
 def test_the_csv_has_one_line_per_measure_and_task(write_run: WriteRun) -> None:
     lines = list(csv.DictReader(io.StringIO(compare([write_run()]).csv())))
     found = {line["measure"]: line["mean"] for line in lines}
