@@ -154,8 +154,8 @@ def _ended(child: Child, code: int) -> str:
     """What a user should know of a process that ended."""
     if REFUSED in child.said():
         return (
-            "the server refuses this node: it does not know its key (on the server: flwr supernode register node.pub), "
-            "or a SuperNode with this key was alive less than a minute ago; trying again"
+            "the server refuses this node: it does not know its key (`fedstrata deploy run` registers those in the "
+            "server's nodes/), or a SuperNode with this key was alive less than a minute ago; trying again"
         )
     how = f"signal {-code}" if code < 0 else f"code {code}"
     return f"{child.job.name} ended ({how}); it is started again; {child.job.log} says more"

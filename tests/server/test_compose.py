@@ -29,6 +29,8 @@ def test_every_service_runs_with_as_little_as_it_needs(name: str) -> None:
     part = SERVICES[name]
     assert part["user"] == "49999:49999"
     assert part["read_only"] is True
+    assert part["mem_limit"]
+    assert part["pids_limit"]
     assert part["cap_drop"] == ["ALL"]
     assert part["security_opt"] == ["no-new-privileges:true"]
     assert not {"privileged", "cap_add", "ports", "pid", "ipc", "devices"} & set(part)
