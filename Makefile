@@ -50,7 +50,7 @@ deploy-demo:    # three clients in containers, TLS and keys, the embedded data; 
 	@DOCKER_BUILDKIT=$${DOCKER_BUILDKIT:-0} $(DEMO) build
 	@$(DEMO) up --detach --no-build
 	@$(DEMO) logs --follow --no-color run
-	@exit $$(docker wait $$($(DEMO) ps -q run))
+	@exit $$(docker wait $$($(DEMO) ps --all --quiet run))
 
 deploy-down:    # ends it and removes its volumes: keys, data, runs
 	@$(DEMO) down --volumes --timeout 5
