@@ -15,6 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedstrata.client.lora import Cohort
+from tests.client.cohorts import kept
+
 VICUNA = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }} "
@@ -82,3 +85,9 @@ def make_llava(folder: Path, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Cohort]:
+    """The cohorts that training made, so that their values can be seen in float64."""
+    return kept(monkeypatch)

@@ -21,8 +21,9 @@ from fedstrata.core.config import LoraSection, ModelSection, TrainSection
 from fedstrata.core.errors import BadInput
 from fedstrata.core.peftfolder import own_values, save_peft
 from fedstrata.core.records import Knowledge
-from fedstrata.scenarios.stream import Example, Pixels
+from fedstrata.scenarios.stream import Example
 from fedstrata.strategies.base import LocalHalf
+from tests.client.cohorts import examples
 
 SCALING, RANK = 2.0, 4
 SETTINGS = TrainSection(lr=1e-2, batch_size=3, local_epochs=2, warmup_steps=2, max_grad_norm=0.5, weight_decay=0.05)
@@ -35,13 +36,6 @@ def load(llava: Path, kind: str, double: bool = False, projector: str = "frozen"
     if double:
         model.model.double()
     return model
-
-
-def examples(count: int, seed: int = 0) -> list[Example]:
-    draw = np.random.default_rng(seed)
-    pictures = [Pixels(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
-    words = ["red", "blue green", "the shape", "4"]
-    return [Example(str(i), f"what colour is shape {i}?", words[i % 4], p) for i, p in enumerate(pictures)]
 
 
 def filled(base: BaseModel, seed: int) -> Flat:

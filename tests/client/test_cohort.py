@@ -25,6 +25,7 @@ from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import LoraSection, ModelSection, TrainSection
 from fedstrata.scenarios.stream import Example, Pixels
 from fedstrata.strategies.base import LocalHalf
+from tests.client import cohorts
 
 SCALING, RANK = 2.0, 4
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -82,19 +83,7 @@ def ragged(base: BaseModel, clients: int, longest: int = 12) -> list[Job]:
 
 
 def exact(base: BaseModel, jobs: Sequence[Job], settings: TrainSection = SETTINGS, **more: Any) -> list[np.ndarray]:
-    """The trained values in float64: what travels is float32, which would hide a difference of 1e-9."""
-    kept: list[Cohort] = []
-    original = Cohort.of
-
-    def keep(*args: Any) -> Cohort:
-        kept.append(original(*args))
-        return kept[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cohort, "of", staticmethod(keep))
-        train(base, jobs, settings, SCALING, dtype=torch.float64, **more)
-    order = sorted(range(len(jobs)), key=lambda i: -len(batches(len(jobs[i].examples), settings, jobs[i].seed)))
-    return [kept[0].flat[order.index(i)].detach().numpy() for i in range(len(jobs))]
+    return cohorts.exact(base, jobs, settings, SCALING, **more)
 
 
 def apart(left: np.ndarray, right: np.ndarray, start: Flat) -> float:

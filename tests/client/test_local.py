@@ -22,13 +22,13 @@ from fedstrata.client.model import BaseModel
 from fedstrata.client.training import Job, answer_loss, train
 from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import LoraSection, ModelSection, TrainSection
-from fedstrata.scenarios.stream import Example, Pixels
 from fedstrata.strategies.base import LocalHalf
 from fedstrata.strategies.ewc import Anchored, EwcConfig
 from fedstrata.strategies.fedprox import FedProxConfig, Proximal
 from fedstrata.strategies.lwf import Distilled, LwfConfig
 from fedstrata.strategies.olora import OLoraConfig, Orthogonal
 from fedstrata.strategies.scaffold import Controlled, ScaffoldConfig
+from tests.client.cohorts import examples
 
 SCALING, RANK = 2.0, 4
 SETTINGS = TrainSection(lr=1e-2, batch_size=3, local_epochs=2, warmup_steps=2, max_grad_norm=0.5)
@@ -47,13 +47,6 @@ def base(llava: Path) -> BaseModel:
     model = BaseModel(ModelSection(name=str(llava)), LoraSection())
     model.model.double()
     return model
-
-
-def examples(count: int, seed: int = 0) -> list[Example]:
-    draw = np.random.default_rng(seed)
-    pictures = [Pixels(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
-    words = ["red", "blue green", "the shape", "4"]
-    return [Example(str(i), f"what colour is shape {i}?", words[i % 4], p) for i, p in enumerate(pictures)]
 
 
 def drawn(base: BaseModel, seed: int, spread: float = 0.05, rank: int = RANK) -> Flat:

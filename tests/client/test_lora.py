@@ -14,7 +14,8 @@ from fedstrata.client.training import Job, answer_loss, batches, collate, train
 from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.config import LoraSection, ModelSection, TrainSection
 from fedstrata.core.peftfolder import save_peft
-from fedstrata.scenarios.stream import Example, Pixels
+from fedstrata.scenarios.stream import Example
+from tests.client.cohorts import examples
 
 SCALING = 2.0
 SETTINGS = TrainSection(lr=1e-2, batch_size=3, local_epochs=2, warmup_steps=2, max_grad_norm=0.5)
@@ -32,13 +33,6 @@ def base64(llava: Path) -> BaseModel:
     model = BaseModel(ModelSection(name=str(llava)), LoraSection())
     model.model.double()
     return model
-
-
-def examples(count: int, seed: int = 0) -> list[Example]:
-    draw = np.random.default_rng(seed)
-    pictures = [Pixels(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
-    words = ["red", "blue green", "the shape", "4"]
-    return [Example(str(i), f"what colour is shape {i}?", words[i % 4], p) for i, p in enumerate(pictures)]
 
 
 def filled(base: BaseModel, seed: int, rank: int = 4) -> Flat:

@@ -1,6 +1,5 @@
 """A shared projector: trained by every client beside its adapter, as differences to the base's values."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,12 @@ from fedstrata.core.config import LoraSection, ModelSection, TrainSection, from_
 from fedstrata.core.errors import BadInput
 from fedstrata.core.peftfolder import save_peft
 from fedstrata.core.records import Knowledge
-from fedstrata.scenarios.stream import Example, Pixels
+from fedstrata.scenarios.stream import Example
 from fedstrata.strategies.base import Everything
 from fedstrata.strategies.disco import DiscoConfig
+from tests.client import cohorts
+
+examples = partial(cohorts.examples, bare=True)
 
 SCALING = 2.0
 SETTINGS = TrainSection(lr=1e-2, batch_size=3, local_epochs=2, warmup_steps=2, max_grad_norm=0.5, weight_decay=0.1)
@@ -56,24 +58,6 @@ def base(llava: Path) -> BaseModel:
 @pytest.fixture
 def base64(llava: Path) -> BaseModel:
     return load(llava, double=True)
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Cohort]]:
-    """The cohorts that training made, so that their values can be seen in float64."""
-    kept: list[Cohort] = []
-    original = Cohort.of
-    monkeypatch.setattr(Cohort, "of", staticmethod(lambda *args: kept.append(original(*args)) or kept[-1]))
-    return kept
-
-
-def examples(count: int, seed: int = 0) -> list[Example]:
-    """Every third is text alone."""
-    draw = np.random.default_rng(seed)
-    pictures = [Pixels(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
-    words = ["red", "blue green", "the shape", "4"]
-    kinds = [picture if index % 3 != 1 else None for index, picture in enumerate(pictures)]
-    return [Example(str(i), f"what colour is shape {i}?", words[i % 4], kind) for i, kind in enumerate(kinds)]
 
 
 def filled(base: BaseModel, seed: int, rank: int = 4, tail: float = 0.02) -> Flat:

@@ -23,8 +23,10 @@ from fedstrata.core.adapters import Flat, Layout, fresh
 from fedstrata.core.config import LoraSection, ModelSection, TrainSection
 from fedstrata.core.errors import BadInput
 from fedstrata.scenarios.stream import Example, Pixels
+from tests.client import cohorts
 
 SCALING = 2.0
+exact = partial(cohorts.exact, scaling=SCALING)
 SETTINGS = TrainSection(lr=1e-2, batch_size=3, local_epochs=2, warmup_steps=2, max_grad_norm=0.5, weight_decay=0.1)
 COSINE = replace(SETTINGS, schedule="cosine", warmup_ratio=0.3)
 SYSTEM = "A chat between a curious human and an assistant."
@@ -77,22 +79,6 @@ def filled(base: BaseModel, seed: int, rank: int = 4) -> Flat:
 
 def jobs(base: BaseModel, counts: tuple[int, ...]) -> list[Job]:
     return [Job(examples(count, seed=c), filled(base, c), seed=c) for c, count in enumerate(counts)]
-
-
-def exact(base: BaseModel, cohort: list[Job], settings: TrainSection, **more: Any) -> list[np.ndarray]:
-    """The trained values in float64: what travels is float32, which would hide a difference of 1e-9."""
-    kept: list[Cohort] = []
-    original = Cohort.of
-
-    def keep(*args: Any) -> Cohort:
-        kept.append(original(*args))
-        return kept[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cohort, "of", staticmethod(keep))
-        train(base, cohort, settings, SCALING, dtype=torch.float64, **more)
-    order = sorted(range(len(cohort)), key=lambda i: -len(batches(len(cohort[i].examples), settings, cohort[i].seed)))
-    return [kept[0].flat[order.index(i)].detach().numpy() for i in range(len(cohort))]
 
 
 def apart(left: np.ndarray, right: np.ndarray, start: Flat) -> float:
