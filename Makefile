@@ -24,8 +24,8 @@ $(VENV)/.installed: pyproject.toml
 run: install
 	$(BIN)/fedstrata run
 
-test: check
-	$(BIN)/python -m pytest -q
+test: check     # on up to four cores; tests/conftest.py says which tests share one
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --no-loadscope-reorder
 
 check: lint types floors
 

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,33 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 _SIBLING = Path(__file__).resolve().parents[2] / "shared" / "data"  # ../shared/data beside the repository
 if not os.environ.get("FEDSTRATA_REAL_DATA") and _SIBLING.is_dir():
     os.environ["FEDSTRATA_REAL_DATA"] = str(_SIBLING)
+
+
+MACHINE = {  # files whose tests start Rays, federations or deployments as processes of their own
+    "benchmarks": ("grid", "leak", "memory", "rounds", "scale"),
+    "deploy": ("processes", "superexec", "trainer"),
+    "faults": ("kill",),
+    "server": ("client_memory", "cluster", "flwr_run", "ray_faults", "ray_run", "raygrid", "sweep"),
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, a file's tests go to one worker, so that what a module starts is started once.
+
+    Those that want the machine follow one another, on one worker: two at a time would wait for each other's processors
+    and run out of their patience.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    alone = {f"tests/{folder}/test_{name}.py" for folder, names in MACHINE.items() for name in names}
+
+    class Files(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "machine" if file in alone else file
+
+    return Files(config, log)
 
 
 @pytest.fixture(autouse=True)
