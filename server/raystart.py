@@ -45,7 +45,7 @@ def start_ray(cpus: int, address: str = "") -> None:
 
     Raises:
         BadInput: no cluster answers at the address, or it refuses us.
-        FedstrataError: this Ray cannot be closed by a token.
+        FedstrataError: Ray does not start on this machine, or cannot be closed by a token.
     """
     if ray.is_initialized():
         return
@@ -115,6 +115,24 @@ def _begin(cpus: int) -> None:
         )
     for raylet in _raylets():
         threading.Thread(target=_watch, args=(raylet,), daemon=True).start()
+
+
+def _init(cpus: int) -> None:
+    """Ray waits half a minute for its own daemons, which is not enough on a busy machine: it is started once more."""
+    for last in (False, True):
+        try:
+            ray.init(
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=True,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray has no type of its own for it
+            ray.shutdown()
+            if last:
+                raise FedstrataError(f"Ray does not start on this machine: {error}") from error
 
 
 def _join(address: str) -> None:

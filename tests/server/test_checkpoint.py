@@ -108,6 +108,17 @@ def test_the_ninth_commit_is_older_than_the_tenth(tmp_path: Path) -> None:
     assert found.number == 10
 
 
+def test_a_clock_that_jumps_back_changes_no_order(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        write(tmp_path, commit(number))
+        for path in tmp_path.iterdir():
+            os.utime(path, (1e6 - number, 1e6 - number))  # what is written later looks older
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.number == 3
+    assert numbers(tmp_path) == [2, 3]
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -549,6 +549,36 @@ def test_a_client_that_is_rejected_round_after_round_sits_five_out_and_the_run_c
     assert trained == {0, 2}
 
 
+THREE = ["federation.clients=3", "federation.clients_per_round=3", "federation.rounds_per_stage=1"]
+
+
+def shorten(came: Message) -> Message:
+    """In stage 1, client 1 sends what has another shape."""
+    if came.metadata.message_type != records.TRAIN:
+        return came
+    at = records.binding(came)
+    if (at.stage, at.partition) == (1, 1):
+        came.content.array_records["arrays"]["flat"] = Array(np.zeros(3, np.float32))
+    return came
+
+
+def test_a_round_without_quorum_is_skipped_and_said_so_and_the_model_is_as_it_was(tmp_path: Path) -> None:
+    summary, events = run(tmp_path / "run", Bad(3, shorten), *THREE, "federation.min_replies=3")
+    assert [event["skipped"] for event in events if event["event"] == "round"] == [True, False]
+    assert (summary["status"], summary["skipped_rounds"]) == ("completed", 1)
+    before, after = (checkpoint.stage_start(tmp_path / "run" / "checkpoints", stage) for stage in (1, 2))
+    assert before is not None
+    assert after is not None
+    assert checkpoint.state_sha256(before.parts) == checkpoint.state_sha256(after.parts)
+    assert summary["final_state_sha256"] != checkpoint.state_sha256(after.parts)
+
+
+def test_more_failures_than_are_tolerated_end_the_run_with_the_reasons(tmp_path: Path) -> None:
+    with pytest.raises(FedstrataError, match="max_failures = 0, but this round had 1: client 1: array: must be "):
+        run(tmp_path / "run", Bad(3, shorten), *THREE, "federation.max_failures=0")
+    assert RunFolder(tmp_path / "run").summary["status"] == "failed"
+
+
 def test_a_bad_score_is_asked_for_once_more_of_another_client(tmp_path: Path) -> None:
     spoilt: list[int] = []
 

@@ -128,6 +128,27 @@ def test_where_a_dead_ray_was_left_behind_the_process_ends_at_once(monkeypatch: 
     assert ended == ([75] if left else [])
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_does_not_come_up_is_started_once_more_and_then_told(
+    monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    starts: list[int] = []
+
+    def init(num_cpus: int, **_: Any) -> None:
+        starts.append(num_cpus)
+        if len(starts) <= failures:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(raystart.ray, "init", init)
+    monkeypatch.setattr(raystart.ray, "shutdown", lambda: None)
+    if failures == 1:
+        raystart._init(3)
+    else:
+        with pytest.raises(FedstrataError, match="^Ray does not start on this machine: The current node timed out"):
+            raystart._init(3)
+    assert starts == [3, 3]
+
+
 def test_after_bad_input_the_other_actors_work_is_not_taken_for_the_next_exchanges(
     grid: ArrivingRayGrid, tmp_path: Path
 ) -> None:
