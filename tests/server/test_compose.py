@@ -1,5 +1,8 @@
 """The deployment's files, read as text: who reaches whom, who may do what, and that Flower takes the commands."""
 
+import os
+import subprocess
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,31 @@ def test_the_authoritys_key_is_mounted_where_certificates_are_made_and_nowhere_e
     assert SERVICES["certs"]["network_mode"] == "none"
     others = [volume for name in SERVICES if name != "certs" for volume in SERVICES[name].get("volumes", [])]
     assert all(volume.endswith(":ro") for volume in others if volume.startswith("keys-"))
+
+
+def test_track_sends_what_ended_runs_wrote_and_nothing_of_one_that_is_going_on(tmp_path: Path) -> None:
+    """The service's own script; `sleep` ends it after one turn, `wandb` and `timeout` write down what they are told."""
+    (tmp_path / "bin").mkdir()
+    for name, does in {
+        "sleep": f"mv {tmp_path}/more {tmp_path}/less",
+        "timeout": f'echo "$@" >> {tmp_path}/said',
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "more").touch()
+    for run, age in {"ended": 120, "just now": 0}.items():
+        (tmp_path / "runs" / run / "wandb" / "offline-run-1").mkdir(parents=True)
+        (tmp_path / "runs" / run / "summary.json").touch()
+        os.utime(tmp_path / "runs" / run / "summary.json", (time.time() - age,) * 2)
+    (tmp_path / "runs" / "going on" / "wandb" / "offline-run-1").mkdir(parents=True)
+    shell, flag, script = SERVICES["track"]["entrypoint"]
+    script = script.replace("$$", "$").replace("/runs", str(tmp_path / "runs"))
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([shell, flag, script], env={"PATH": path}, check=True, stderr=subprocess.DEVNULL)
+    (said,) = (tmp_path / "said").read_text().splitlines()
+    limit, *command = said.split()
+    assert limit == "600"
+    assert command == ["wandb", "sync", str(tmp_path / "runs" / "ended" / "wandb" / "offline-run-1")]
 
 
 def test_flower_takes_the_commands() -> None:
