@@ -41,6 +41,7 @@ def test_a_gauge_that_ruins_the_mean_of_factors_does_nothing_to_products(result:
 def test_a_subspace_whose_clients_are_mostly_hostile_is_held_by_no_rule(result: Result) -> None:
     case = "four subspaces of five, three"
     assert all(cell(result, case, "sign flip", rule)["error"] > 0.9 for rule in attacks.RULES)
+    assert all(cell(result, case, "sign flip", rule)["error"] < 2 for rule in attacks.RULES if "clip" in rule)
 
 
 def test_who_sends_another_tasks_token_gets_into_its_subspace_and_no_further(result: Result) -> None:

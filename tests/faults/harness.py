@@ -33,7 +33,7 @@ POINTS = tuple((step, when, role) for step in STEPS for when in ("before", "afte
 FAULTS = {  # process that is hit (its name begins so), signal, config that the run needs to live with it
     "raylet": ("raylet", signal.SIGKILL, ()),
     "actor": ("ray::Worker", signal.SIGKILL, ()),
-    "stop": ("ray::Worker", signal.SIGSTOP, ("federation.cohort_timeout=40",)),
+    "stop": ("ray::Worker", signal.SIGSTOP, ("federation.cohort_timeout=90",)),
 }
 PATIENCE = 300.0  # seconds in which a run must end after a fault
 BREAKS = {"fsync": "sync_file", "rename": "sync_folder"}  # what is left out: the flush of the data or of the rename
@@ -151,6 +151,7 @@ def start(place: Place, words: Sequence[str], plan: Plan) -> int:
         code = error.exit_code
     except BaseException:
         traceback.print_exc()
+        guard.tell(code=code)
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -345,9 +346,13 @@ def run_fault(seed: int, root: Path, words: Sequence[str], plan: Plan, expected:
     """
     name, number, needs = FAULTS[plan.fault]
     trial, place, rng, began = Trial(seed, "ray"), Place(root), random.Random(seed), time.monotonic()
-    pid, after = start(place, [*words, *needs], plan), rng.randint(1, 4)
+    pid, after = start(place, [*words, *needs], plan), rng.randint(1, 3)
     while place.acknowledged() < after and not place.completed:
         time.sleep(0.005)
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            trial.ended = f"it ended before it was disturbed: {place.log.read_text()[-300:]}"
+            guard.end_what_is_left()
+            return _finished(trial, place, expected, began)
     time.sleep(rng.uniform(0, 1.5))
     trial.commits_at_kills.append(place.acknowledged())
     for victim in [process for process in supervise.tree(pid) if _comm(process).startswith(name)][:1]:
