@@ -88,7 +88,7 @@ class Guided(LocalHalf):
 
 
 class ModalPrompt(Prompted, Oracle):
-    """Prompts and a prototype per task; each input is answered behind those of the nearest tasks."""
+    """Prompts and a prototype per task; inputs are answered behind those of the nearest (inspired by ModalPrompt)."""
 
     facts: ClassVar[Facts] = Facts("2410.05849", "EMNLP 2025", encoder=True, grows=1)
     config_type: ClassVar[type[StrategyConfig]] = ModalPromptConfig
