@@ -14,7 +14,7 @@ from typing import Any
 from fedstrata.core import flowerapp
 from fedstrata.server import deploykeys
 from fedstrata.server.node import FLOWER, free_port
-from fedstrata.server.supervise import _bound
+from fedstrata.server.supervise import bound
 
 BIN = Path(sys.executable).parent
 
@@ -63,7 +63,7 @@ class Deployment:
     def start(self, name: str, command: Sequence[str], more: dict[str, str]) -> subprocess.Popen[bytes]:
         with (self.root / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                command, env={**self.environment, **more}, cwd=self.root, stdout=log, stderr=log, preexec_fn=_bound
+                command, env={**self.environment, **more}, cwd=self.root, stdout=log, stderr=log, preexec_fn=bound
             )
         self.started[name] = process
         return process
