@@ -13,7 +13,8 @@ Two changes, each an option whose other value is DISCO:
   s² = (n ‖μ‖² − 1) / (n − 1) estimates the squared norm of the mean over all pictures of the kind, and
   μ_a · μ_b / (s_a s_b) is what the cosine would be for clients of any size. For n to hold, an identity token is folded
   into its subspace once, not in each round that its client trains.
-- `start=nearest`: a new subspace starts as a copy of the one whose token is nearest, not from a fresh draw.
+- `start=sibling`: a new subspace that only its pictures keep apart starts as a copy of the nearest whose text matches:
+  the question is known, its pictures are new, and the softmax will mix the two. Another question starts afresh.
 
 It uploads what DISCO does: one adapter of rank r a client-round, and a token, which with the picture is longer.
 """
@@ -35,7 +36,7 @@ from fedstrata.strategies.disco import Disco, DiscoConfig
 from fedstrata.strategies.facts import Facts
 from fedstrata.strategies.organisation import Update, place
 
-MATCHINGS, STARTS = ("corrected", "plain"), ("nearest", "fresh")
+MATCHINGS, STARTS = ("corrected", "plain"), ("sibling", "nearest", "fresh")
 STRANGERS = -2.0  # below every likeness: text or pictures do not match
 
 
@@ -49,7 +50,7 @@ class StrataConfig(DiscoConfig):
     min_open: int = 10  # a mean over fewer pictures may fall below `picture_tau` of its own task
     picture_tau: float = 0.95  # cosine from which pictures are of one kind: halfway between those of pre-training tasks
     matching: str = "corrected"  # corrected | plain: the pictures' cosines free of the clients' sizes, or as they are
-    start: str = "nearest"  # nearest | fresh: where a new subspace begins
+    start: str = "sibling"  # sibling | nearest, of all | fresh: where a new subspace begins
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,19 +88,27 @@ class Strata(Disco):
         """The mean of text's and pictures' cosines where both match, else `STRANGERS`: [N, D], [K, D] → [N, K]."""
         split = self.setup.words
         x, y = np.asarray(rows, dtype=np.float64), np.asarray(columns, dtype=np.float64)
-        everywhere = np.ones((len(x), len(y)))  # a part that the token lacks tells nobody apart
-        text = cosines(x[:, :split], y[:, :split]) if split else everywhere
-        seen = np.clip(x[:, split:] @ y[:, split:].T, -1, 1) if split < x.shape[1] else everywhere
+        text = self._texts(x, y)
+        seen = np.clip(x[:, split:] @ y[:, split:].T, -1, 1) if split < x.shape[1] else np.ones_like(text)
         same = (text >= self.tau) & (seen >= self.options.picture_tau)
         return np.where(same, (text + seen) / 2, STRANGERS)
 
+    def _texts(self, rows: npt.NDArray[Any], columns: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """The cosines of the texts: [N, D], [K, D] → [N, K]; a part that tokens lack tells nobody apart."""
+        split = self.setup.words
+        return cosines(rows[:, :split], columns[:, :split]) if split else np.ones((len(rows), len(columns)))
+
     def _start(self, subspace: int) -> Flat:
-        known = self.state.subspaces
-        if subspace < len(known) or not known or self.options.start == "fresh":
+        known, start = self.state.subspaces, self.options.start
+        if subspace < len(known) or not known or start == "fresh":
             return super()._start(subspace)
         group = [p.token for p in self.participants if p.token and self._placement.get(p.partition) == subspace]
-        nearest = cosines(pooled(group).value[None], self.state.tokens())[0].argmax()
-        return known[int(nearest)].adapter
+        token, tokens = pooled(group).value[None], self.state.tokens()
+        near = cosines(token, tokens)[0]
+        if start == "sibling":
+            near = np.where(self._texts(token, tokens)[0] >= self.tau, near, STRANGERS)
+        nearest = int(near.argmax())
+        return known[nearest].adapter if near[nearest] > STRANGERS else super()._start(subspace)
 
     def _updates(self, replies: Iterable[Message], trained: set[int]) -> Iterator[Update]:
         """As DISCO's; a token that its subspace holds already comes with count 0."""

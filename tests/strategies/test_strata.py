@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord
 
+from fedstrata.core.adapters import fresh
 from fedstrata.core.errors import BadInput
 from fedstrata.core.identity import Token
 from fedstrata.strategies.base import Participant, Setup
@@ -120,7 +121,7 @@ def test_a_token_is_folded_in_once_for_each_state_of_its_data(setup: Setup, trai
         ({"picture_tau": 2.0}, "strategy.picture_tau: must be a cosine between -1 and 1"),
         ({"token_noise": 1.0}, "strategy.matching: must be plain with strategy.token_noise"),
         ({"matching": "best"}, r"strategy.matching: must be corrected | plain, got 'best'"),
-        ({"start": "warm"}, r"strategy.start: must be nearest | fresh, got 'warm'"),
+        ({"start": "warm"}, r"strategy.start: must be sibling | nearest | fresh, got 'warm'"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], told: str) -> None:
@@ -135,6 +136,20 @@ def test_a_new_subspace_starts_as_the_one_with_the_nearest_token(setup: Setup, s
     strategy = with_subspaces(Strata(SEEN, setup), token(1.0, 0.0, 0.0), token(0.0, 1.0, 0.0))
     assert meeting(strategy, token(0.0, 0.6, 0.8), token(1.0, 0.0, 0.0)) == {0: 2, 1: 0}
     assert sent(strategy) == {0: (2, [1.0, 1.0, 1.0]), 1: (0, [0.0, 0.0, 0.0])}
+
+
+def test_only_a_question_that_is_known_starts_warm(setup: Setup, sent: Callable[..., Any]) -> None:
+    """Two numbers of text, two of the picture: a known question with new pictures, a new one with known pictures."""
+    told = replace(setup, words=2, words_tau=0.5)
+    cache = (token(0.0, 1.0, 0.0, 1.0), token(1.0, 0.0, 1.0, 0.0))
+    known, new = token(1.0, 0.0, 0.0, 1.0), token(-0.8, -0.6, 1.0, 0.0)
+    starts = {}
+    for start in ("sibling", "nearest"):
+        strategy = with_subspaces(Strata(StrataConfig(start=start), told), *cache)
+        assert meeting(strategy, known, new) == {0: 2, 1: 3}
+        starts[start] = [adapter for _, adapter in sent(strategy).values()]
+    drawn = fresh(setup.layout, setup.rank, setup.seed, 3, init=setup.init).tolist()
+    assert starts == {"sibling": [[1.0] * 3, drawn], "nearest": [[0.0] * 3, [1.0] * 3]}
 
 
 def test_the_first_subspace_and_start_fresh_are_drawn_as_discos(setup: Setup, sent: Callable[..., Any]) -> None:
