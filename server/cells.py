@@ -2,7 +2,8 @@
 
 `strategy.name=finetune,disco,disco+activation=argmax seed=0,1,2 train.lr=1e-3,2e-3`: values of a key are separated by
 commas (not those within brackets); a strategy may bring options of its own, `name+option=value`. A sweep file is a YAML
-of config keys, which every cell has, and `sweep: {key: [values]}`; words win over the file.
+of config keys, which every cell has, `sweep: {key: [values]}`, and `tuned: {strategy: {section: {key: value}}}` for the
+cells of one strategy, as in a scenario file; words win over the file.
 """
 
 import itertools
@@ -24,6 +25,7 @@ from fedstrata.strategies import find
 
 Axes = Mapping[str, Sequence[str]]  # config key → its values, as words
 STRATEGY, SCENARIO, SEED = "strategy.name", "scenario.name", "seed"
+Tuned = Mapping[str, Mapping[str, str]]  # strategy → config key → its value, as a word
 OUTER = (SEED, SCENARIO)  # a table of one seed is whole before the next one begins
 MACHINES = "model.matmul"  # auto is resolved by each machine
 
@@ -64,13 +66,13 @@ def cells(recipe: str, words: Sequence[str]) -> list[Cell]:
     Raises:
         BadInput: a mistake in one of the cells, two cells with one name, or a key that the sweep sets itself.
     """
-    recipe, axes = _axes(recipe, words)
+    recipe, axes, tuned = _axes(recipe, words)
     if "run.dir" in axes:
         raise BadInput("run.dir: a sweep gives every cell a folder of its own; name theirs with --dir")
     varied = [key for key, values in axes.items() if len(values) > 1]
     order = sorted(axes, key=lambda key: OUTER.index(key) if key in OUTER else len(OUTER))
     found = [
-        _cell(recipe, dict(zip(order, values, strict=True)), varied)
+        _cell(recipe, dict(zip(order, values, strict=True)), varied, tuned)
         for values in itertools.product(*(axes[key] for key in order))
     ]
     names = [cell.name for cell in found]
@@ -79,18 +81,26 @@ def cells(recipe: str, words: Sequence[str]) -> list[Cell]:
     return found
 
 
-def _axes(recipe: str, words: Sequence[str]) -> tuple[str, dict[str, Sequence[str]]]:
-    """The recipe that is left for the cells, and all keys with their values."""
+def _axes(recipe: str, words: Sequence[str]) -> tuple[str, dict[str, Sequence[str]], Tuned]:
+    """The recipe that is left for the cells, all keys with their values, and what single strategies have."""
     axes: dict[str, Sequence[str]] = {}
+    tuned: Tuned = {}
     path = Path(recipe)
     if recipe and path.is_file() and "sweep" in (tree := read_yaml(path)):
-        recipe, axes = "", _of_file(path, tree)
+        recipe, tuned = "", _tuned(path, tree.pop("tuned", {}))
+        axes = _of_file(path, tree)
     for word in words:
         key, separator, text = word.partition("=")
         if not separator or not key:
             raise BadInput(f"{word!r}: expected key=value or key=value,value, for example seed=0,1,2")
         axes[key] = split(text)
-    return recipe, axes
+    return recipe, axes, tuned
+
+
+def _tuned(path: Path, tree: Any) -> Tuned:
+    if not isinstance(tree, dict) or not all(isinstance(keys, dict) for keys in tree.values()):
+        raise BadInput(f"{path}: tuned: must map strategies to config keys, got {tree!r}")
+    return {str(name): {key: _word(value) for key, value in flatten(keys).items()} for name, keys in tree.items()}
 
 
 def _of_file(path: Path, tree: Mapping[str, Any]) -> dict[str, Sequence[str]]:
@@ -123,13 +133,14 @@ def split(text: str) -> list[str]:
     return parts
 
 
-def _cell(recipe: str, chosen: Mapping[str, str], varied: Sequence[str]) -> Cell:
+def _cell(recipe: str, chosen: Mapping[str, str], varied: Sequence[str], tuned: Tuned) -> Cell:
     words, label = [], ""
     for key, value in chosen.items():
         name, *options = value.split("+") if key == STRATEGY else [value]
         words += [f"{key}={name}", *(f"strategy.{option}" for option in options)]
         if key == STRATEGY:
             label = "+".join([name.rpartition(":")[2], *options])
+            words = [f"{key}={text}" for key, text in tuned.get(name, {}).items() if key not in chosen] + words
     config = configure.resolve(recipe, words)
     more = [f"+{key}={chosen[key]}" for key in varied if key not in (STRATEGY, *OUTER)]
     stem = f"{Path(config.scenario.name).stem}-{label or config.strategy.name}{''.join(more)}-seed{config.seed}"

@@ -53,6 +53,23 @@ def test_cells_are_every_combination_with_the_seeds_outermost() -> None:
     ]
 
 
+def test_a_sweep_file_may_tune_each_strategy_and_words_win(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    tuned = {"disco": {"train": {"lr": 3e-3}, "strategy": {"epsilon": 0.2}}, "joint": {"train": {"lr": 4e-3}}}
+    sweep = {"scenario.name": ["fcit-mini-short"], "strategy.name": ["finetune", "disco+activation=argmax"]}
+    path.write_text(yaml.safe_dump({"tuned": tuned, "sweep": sweep}), encoding="utf-8")
+    plain, hard = cells(str(path), [])
+    assert (plain.config.train.lr, hard.config.train.lr) == (1e-3, 3e-3)
+    assert (hard.config.strategy.epsilon, hard.config.strategy.activation) == (0.2, "argmax")  # type: ignore[attr-defined]
+    assert hard.name == "fcit-mini-short-disco+activation=argmax-seed0"
+    alone = configure.resolve(*configure.split_recipe(hard.words))
+    assert alone == hard.config
+    assert {cell.config.train.lr for cell in cells(str(path), ["train.lr=5e-3"])} == {5e-3}
+    path.write_text(yaml.safe_dump({"tuned": ["disco"], "sweep": sweep}), encoding="utf-8")
+    with pytest.raises(BadInput, match="tuned: must map strategies to config keys"):
+        cells(str(path), [])
+
+
 def test_a_strategy_may_bring_options_of_its_own() -> None:
     plain, hard = cells("fcit-mini-short", ["strategy.name=disco,disco+activation=argmax+tau=0.7"])
     assert (plain.config.strategy.activation, hard.config.strategy.activation) == ("softmax", "argmax")  # type: ignore[attr-defined]
