@@ -29,7 +29,8 @@ _signalled = float("-inf")
 
 
 def begin() -> None:
-    """Returns in the run alone; elsewhere than on Linux there is no command above it.
+    """Returns in the run alone. Elsewhere than on Linux, and in a process with other threads, which a fork would lose,
+    there is no command above it.
 
     Raises:
         SystemExit: in the command, with the code that the run told.
@@ -37,7 +38,7 @@ def begin() -> None:
         FedstrataError: the same, before it had a folder.
     """
     global _said
-    if sys.platform != "linux":
+    if sys.platform != "linux" or len(os.listdir("/proc/self/task")) > 1:
         return
     heard, said = os.pipe()
     adopt_orphans()

@@ -449,8 +449,10 @@ def scenario(folder: Path, data: bytes) -> list[str]:
 def test_the_command_line_says_what_is_wrong_and_ends_with_two(
     folder: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from fedstrata.server import guard
     from fedstrata.server.cli import main
 
+    monkeypatch.setattr(guard, "begin", lambda: None)  # this process is no command: it must not be forked
     monkeypatch.setattr(sys, "argv", ["fedstrata", *scenario(folder, HOSTILE[case])])
     with pytest.raises(SystemExit) as stopped:
         main()

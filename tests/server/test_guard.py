@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from fedstrata.core import config as configuration
-from fedstrata.server import configure, supervise
+from fedstrata.server import configure, guard, supervise
 
 HEAD = """
 import os, signal, subprocess, sys, time
@@ -124,3 +125,17 @@ def test_a_signal_to_the_command_alone_or_to_both_reaches_the_run_once(tmp_path:
         code, out, err = ended(process)
         assert (code, out) == (75, "once\n")
         assert err == "failed: interrupted before it began; the same command begins it again\n"
+
+
+def test_a_process_with_other_threads_is_not_forked() -> None:
+    """Who embeds the command line, as a test runner does, would lose its threads in the fork."""
+    over, process = threading.Event(), os.getpid()
+    waiting = threading.Thread(target=over.wait)
+    waiting.start()
+    try:
+        guard.begin()
+        assert os.getpid() == process
+        assert not guard.tell(code=0)
+    finally:
+        over.set()
+        waiting.join()
