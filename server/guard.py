@@ -38,7 +38,7 @@ def begin() -> None:
         FedstrataError: the same, before it had a folder.
     """
     global _said
-    if sys.platform != "linux" or len(os.listdir("/proc/self/task")) > 1:
+    if sys.platform != "linux" or len(list(Path("/proc/self/task").iterdir())) > 1:
         return
     heard, said = os.pipe()
     adopt_orphans()
