@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 
+from fedstrata.core import records
 from fedstrata.core.adapters import Flat
 from fedstrata.core.config import StrategyConfig, require
 from fedstrata.core.identity import Token, cosines, pooled
@@ -70,7 +71,7 @@ class Strata(Disco):
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
         self.tau = setup.words_tau if options.tau is None else options.tau
-        self._folded: dict[int, set[int]] = {}  # subspace → marks of the tokens in its own
+        self._folded: dict[int, set[str]] = {}  # subspace → marks of the tokens in its own
 
     def _places(self, tokens: Sequence[Token]) -> list[int | None]:
         cache = [self._seen(subspace.token) for subspace in self.state.subspaces]
@@ -111,9 +112,16 @@ class Strata(Disco):
         return known[nearest].adapter if near[nearest] > STRANGERS else super()._start(subspace)
 
     def _updates(self, replies: Iterable[Message], trained: set[int]) -> Iterator[Update]:
-        """As DISCO's; a token that its subspace holds already comes with count 0."""
-        for update in super()._updates(replies, trained):
-            folded, mark = self._folded.setdefault(update.subspace, set()), _mark(update.token)
+        """As DISCO's; a client's token that its subspace holds already comes with count 0."""
+        clients: list[int] = []
+
+        def noted() -> Iterator[Message]:
+            for message in replies:
+                clients.append(records.binding(message).partition)
+                yield message
+
+        for update in super()._updates(noted(), trained):
+            folded, mark = self._folded.setdefault(update.subspace, set()), _mark(clients[-1], update.token)
             yield replace(update, token=replace(update.token, count=0)) if mark in folded else update
             folded.add(mark)
             del update  # before the next one is loaded
@@ -127,13 +135,13 @@ class Strata(Disco):
 
     def save(self) -> Parts:
         parts = super().save()
-        marks = {f"subspace.{i}.folded": np.array(sorted(found), np.int64) for i, found in self._folded.items()}
-        return replace(parts, tensors={**parts.tensors, **marks})
+        return replace(
+            parts, facts={**parts.facts, "folded": [sorted(found) for _, found in sorted(self._folded.items())]}
+        )
 
     def load(self, parts: Parts) -> None:
         super().load(parts)
-        count = len(self.state.subspaces)
-        self._folded = {index: set(parts.tensors[f"subspace.{index}.folded"].tolist()) for index in range(count)}
+        self._folded = {index: set(found) for index, found in enumerate(parts.facts["folded"])}
 
 
 def corrected(token: Token) -> npt.NDArray[np.float32]:
@@ -149,6 +157,6 @@ def corrected(token: Token) -> npt.NDArray[np.float32]:
     return np.asarray(token.value / np.sqrt(spread), dtype=np.float32)
 
 
-def _mark(token: Token) -> int:
-    """63 bits that a client's token keeps as long as its data stays the same."""
-    return int.from_bytes(blake2b(token.value.tobytes(), digest_size=8).digest()) >> 1
+def _mark(partition: int, token: Token) -> str:
+    """What a client's token keeps as long as its data stays the same."""
+    return f"{partition}:{blake2b(token.value.tobytes(), digest_size=8).hexdigest()}"

@@ -111,8 +111,11 @@ def test_a_token_is_folded_in_once_for_each_state_of_its_data(setup: Setup, trai
     again.load(strategy.save())
     train(again, train_reply, token(1.0, 0.1, count=20))
     assert again.state.subspaces[0].token.count == 45
-    train(again, train_reply, token(0.0, 1.0), token(1.0, 0.0))  # partition 0 opens a subspace, 1 is in the old one
-    assert [subspace.token.count for subspace in again.state.subspaces] == [45, 10]
+    train(again, train_reply, token(0.0, 1.0), token(1.0, 0.0))  # 1 has an equal token, and counts
+    assert [subspace.token.count for subspace in again.state.subspaces] == [
+        55,
+        10,
+    ]  # another client with an equal token counts
 
 
 @pytest.mark.parametrize(
