@@ -55,9 +55,10 @@ def _train_one(base: BaseModel, cohort: Injected, job: Job, settings: TrainSecti
     optimiser = torch.optim.AdamW(
         cohort.parameters, lr=settings.lr, betas=BETAS, eps=EPSILON, weight_decay=settings.weight_decay
     )
-    ctx = LocalContext(base, cohort, [job], settings, [len(plan)])
+    ctx = LocalContext(base, cohort, [job], settings, [len(plan)], [plan])
     with ctx, base.training(settings.checkpointing):
         half.begin(ctx)
+        cohort.write()
         for step, rows in enumerate(plan):
             ctx.step = step
             cohort.gradient.zero_()

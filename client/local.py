@@ -36,6 +36,7 @@ class LocalContext:
 
     Attributes:
         steps: each client's number of steps.
+        plans: each client's batches, step by step: the places of its examples.
         step: the current one, from 0.
         memories: what each client will remember; starts as what it remembered.
         open: context managers that stay open while the cohort trains, e.g. frozen adapters underneath.
@@ -46,6 +47,7 @@ class LocalContext:
     jobs: "Sequence[Job]"
     settings: TrainSection
     steps: Sequence[int] = ()
+    plans: Sequence[Sequence[Sequence[int]]] = ()
     step: int = 0
     memories: list[dict[str, Any]] = field(init=False)
     open: ExitStack = field(default_factory=ExitStack)

@@ -95,7 +95,9 @@ def train(
     cohort = Cohort.of([jobs[index].flat for index in order], base.layout, scaling, base.device, dtype)
     cohort.dropout = Dropout(dropout, base.device) if dropout else None
     optimiser = AdamW(cohort, settings, steps)
-    ctx = LocalContext(base, cohort, [jobs[index] for index in order], settings, steps)
+    ctx = LocalContext(
+        base, cohort, [jobs[index] for index in order], settings, steps, [plans[index] for index in order]
+    )
     losses = []
     with adapted(base, cohort), base.training(settings.checkpointing), ctx:  # what a hook opens closes first
         half.begin(ctx)

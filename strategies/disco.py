@@ -53,6 +53,11 @@ class DiscoConfig(MergeConfig, TokenConfig):
         good = self.compat == "none" or self.name == "disco"
         require(good, "strategy.compat", f"none with strategy.name={self.name}", self.compat)
 
+    @property
+    def averages(self) -> bool:
+        """As published, a subspace that nobody owns is overwritten by one client's."""
+        return super().averages and self.compat == "none"
+
 
 class Disco(Strategy):
     """DISCO: subspaces found by identity tokens, trained one at a time, activated per input."""
@@ -90,7 +95,11 @@ class Disco(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         flats = {j: np.concatenate([self._start(j), self.state.shared]) for j in sorted(set(self._placement.values()))}
-        return train_messages(self.participants, flats, self._placement, config)
+        return train_messages(self.participants, flats, self._placement, config, self.payload())
+
+    def payload(self) -> Mapping[str, Flat]:
+        """What the clients get beside the adapter."""
+        return {}
 
     def _start(self, subspace: int) -> Flat:
         """A new subspace's A is drawn once, from (seed, subspace), so that its whole group shares it."""

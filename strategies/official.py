@@ -5,52 +5,38 @@ task identity: no; but a client's place in the round stands in for it.
 
 D7: a client's first optimiser step has learning rate 0, so that one with a single batch learns nothing and still counts
 in the mean. D8: tokens are matched in the first round of a stage alone; behind it a client trains the subspace of
-whoever held its place in that round. D10: from the second stage on all that is new trains the first free subspace in
-that round; what is found to be a second new task loses its training. D11: a token that is revisited becomes
+whoever held its place in that round. D9: in that round, from the second stage on, every batch trains the subspace whose
+token is like the mean feature of its own rows (cosine above τ), else the first free one; a client's epoch may be spread
+over several, of which the one of its cluster is averaged, and those of no cluster are overwritten by the last client's.
+So clients get and send all subspaces in that round. D10: from the second stage on all that is new trains the first free
+subspace in that round; what is found to be a second new task loses its training. D11: a token that is revisited becomes
 μ N + Σ n_k μ_k / (N + Σ n_k), whose norm grows by the factor N. Later rounds fold each token into the most similar one.
 
-Not reproduced: D9. There, in the first round of a stage from the second on, every batch picks its subspace by the mean
-feature of its own rows, so a client whose batches fall on both sides of τ spreads its epoch over several subspaces; one
-of them is averaged, the others are overwritten by whichever client comes last. Here a client is sent one subspace and
-uploads one: for batches to choose, every client would have to get and send the whole cache with moments of its own for
-each part, the gate would have to let through adapters that nobody placed, and the bytes would be no run's of DISCO. Nor
-are the empty subspaces in the softmax, where each weighs about e^(−cos/ε): 2e-9 beside a perfect match with CLIP's ε.
+A client's cluster is that of the mean over
+its own features. Not reproduced are the empty subspaces in the softmax, where each weighs about e^(−cos/ε): 2e-9 beside
+a perfect match with CLIP's ε.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedstrata.core.adapters import Flat, fresh
 from fedstrata.core.identity import Token, cosines, pooled
+from fedstrata.core.records import TrainReply
 from fedstrata.strategies.base import LocalHalf, Participant, Parts, Setup, Strategy, passing
 from fedstrata.strategies.disco import Disco
 from fedstrata.strategies.organisation import DiscoState, place
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class FirstStepLost(LocalHalf):
-    """D7: behind the first optimiser step the parameters are what they were."""
-
-    def begin(self, ctx: Any) -> None:
-        self.first = True
-
-    def on_step(self, ctx: Any, parameters: Mapping[str, "Tensor"]) -> None:
-        start = ctx.named(ctx.start) if self.first else {}
-        for name, value in start.items():
-            parameters[name].copy_(value)
-        self.first = False
+from fedstrata.strategies.published import SLOTS, TAU, TOKENS, Published
 
 
 class Official(Disco):
-    """DISCO with the defects D7, D8, D10 and D11 of its published code; for comparison only."""
+    """DISCO with the defects D7 to D11 of its published code; for comparison only."""
 
-    local_half: ClassVar[type[LocalHalf]] = FirstStepLost
+    local_half: ClassVar[type[LocalHalf]] = Published
 
     def __init__(self, options: Any, setup: Setup) -> None:
         super().__init__(options, setup)
@@ -72,17 +58,46 @@ class Official(Disco):
     def _start(self, subspace: int) -> Flat:
         return super()._start(min(subspace, len(self.state.subspaces)))  # one draw for all that is new
 
+    @property
+    def choosing(self) -> bool:
+        """Whether it is a later stage's first round, in which batches pick."""
+        return bool(self.state.subspaces) and not self.places
+
+    def payload(self) -> Mapping[str, Flat]:
+        if not self.choosing:
+            return {}
+        slots = [self._start(subspace) for subspace in range(len(self.state.subspaces) + 1)]
+        return {SLOTS: np.stack(slots), TOKENS: self.state.tokens(), TAU: np.array([self.tau], dtype=np.float32)}
+
+    def extras(self) -> Mapping[str, tuple[int, ...]]:
+        return {SLOTS: self.payload()[SLOTS].shape} if self.choosing else {}
+
+    def beside(self, stage: int, round_: int) -> tuple[int, int]:
+        """Of text tokens, where every stage so far has opened one subspace."""
+        slots = stage * self.layout.size(self.setup.rank)
+        return (slots, slots + (stage - 1) * self.setup.words + 1) if stage > 1 and round_ == 1 else (0, 0)
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         before, first, answered = self.state, not self.places, set[int]()
-        result = super().aggregate_train(
-            server_round, passing(replies, lambda reply: answered.add(reply.binding.partition))
-        )
+        order, last = [p.partition for p in self.participants], dict[int, Flat]()  # the last place's subspaces
+
+        def hear(reply: TrainReply) -> None:
+            answered.add(reply.binding.partition)
+            place = order.index(reply.binding.partition)
+            if SLOTS in reply.extra and place > max(last, default=-1):
+                last.clear()
+                last[place] = reply.extra[SLOTS]
+
+        result = super().aggregate_train(server_round, passing(replies, hear))
         told = {p.partition: p.token for p in self.participants if p.partition in answered and p.token is not None}
         if first and answered:
             self.places = tuple(self._placement.get(p.partition, -1) for p in self.participants)
-            self.state = self._lost(before, first_round(before, self.state, self._told(told)))
+            owned = {self._placement[partition] for partition in answered}
+            stray = {j: adapter for slots in last.values() for j, adapter in enumerate(slots[:-1]) if j not in owned}
+            after = first_round(before, overwritten(self.state, stray), self._told(told))
+            self.state = self._lost(before, after)
         elif answered:
             self.state = later_round(before, self.state, list(told.values()))
         return result
@@ -111,6 +126,15 @@ class Official(Disco):
     def load(self, parts: Parts) -> None:
         super().load(parts)
         self.stage, self.places = int(parts.facts["stage"]), tuple(parts.facts["places"])
+
+
+def overwritten(state: DiscoState, stray: Mapping[int, Flat]) -> DiscoState:
+    """D9: the subspaces that no cluster owns are one client's."""
+    subspaces = [
+        replace(subspace, adapter=stray[j].copy()) if j in stray else subspace
+        for j, subspace in enumerate(state.subspaces)
+    ]
+    return replace(state, subspaces=tuple(subspaces))
 
 
 def first_round(before: DiscoState, after: DiscoState, told: Mapping[int, Sequence[Token]]) -> DiscoState:

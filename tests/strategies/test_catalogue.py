@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from flwr.serverapp.strategy import FedMedian
 
+from fedstrata import scenarios
+from fedstrata.core import config as configuration
 from fedstrata.core.errors import BadInput
+from fedstrata.server import configure
+from fedstrata.server.results import flatten
 from fedstrata.strategies import STRATEGIES, find
 from fedstrata.strategies.base import Strategy
 from fedstrata.strategies.flower import Stock
@@ -40,6 +44,15 @@ def test_every_method_of_the_catalogue_is_found_and_described(name: str) -> None
     assert issubclass(kind, Strategy)
     assert kind.__doc__
     assert kind.config_type().name
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_method_of_the_catalogue_has_a_recipe(name: str) -> None:
+    """What was chosen for it on val, which `fedstrata run fcit-mini-small strategy.name=...` takes."""
+    recipe = scenarios.tuned("fcit-mini-small", name)
+    told = flatten(configuration.to_dict(configure.resolve("fcit-mini-small", [f"strategy.name={name}"])))
+    assert "lr" in recipe["train"]
+    assert {key: told[key] for key in flatten(recipe)} == flatten(recipe)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_one() -> None:

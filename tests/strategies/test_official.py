@@ -12,6 +12,7 @@ from fedstrata.strategies import find
 from fedstrata.strategies.base import Participant, Parts, Setup
 from fedstrata.strategies.disco import Disco, DiscoConfig
 from fedstrata.strategies.official import Official, misplaced
+from fedstrata.strategies.published import SLOTS
 
 START = [1.0, 1.0, 1.0]
 
@@ -71,6 +72,26 @@ def test_d8_behind_the_first_round_a_clients_place_decides(setup: Setup, train_r
     assert dict(official.placement()) == {2: 1, 3: 0}
 
 
+def test_d9_what_no_cluster_owns_is_overwritten_by_the_last_client(setup: Setup, train_reply: Any, sent: Any) -> None:
+    official, plain = both(setup)
+    for strategy in (official, plain):
+        stage(strategy, 1, train_reply, (client(0, 0), START), (client(1, 90), [2, 2, 2]))
+        strategy.begin_stage(2)
+        strategy.meet([client(2, 0), client(3, 0), client(4, 0)])
+        sent(strategy)
+    slots = official.payload()[SLOTS]
+    assert slots[:2].tolist() == [START, [2, 2, 2]]
+    assert slots[2].tolist() == fresh(setup.layout, 1, 0, 2).tolist()
+    assert official.extras() == {SLOTS: (3, 3)}
+    strays = {2: [[3, 3, 3], [4, 4, 4], [5, 5, 5]], 4: [[6, 6, 6], [7, 7, 7], [8, 8, 8]]}
+    official.aggregate_train(1, [train_reply(p, [9, 9, 9], slots=strays[p]) for p in (4, 2)])  # 3 does not answer
+    plain.aggregate_train(1, [train_reply(p, [9, 9, 9]) for p in (4, 2)])
+    assert [a.tolist() for a in official.knowledge().adapters] == [[9, 9, 9], [7, 7, 7]]
+    assert [a.tolist() for a in plain.knowledge().adapters] == [[9, 9, 9], [2, 2, 2]]
+    official.meet([client(2, 0)])
+    assert (dict(official.payload()), dict(official.extras()), dict(plain.payload())) == ({}, {}, {})
+
+
 def test_d10_the_second_of_two_new_tasks_loses_its_first_training(setup: Setup, train_reply: Any, sent: Any) -> None:
     official, plain = both(setup)
     for strategy in (official, plain):
@@ -122,6 +143,13 @@ def test_d7_a_client_with_one_batch_learns_nothing_and_counts(federate: Any) -> 
             factors.append(np.count_nonzero(ran.parts.tensors[name]))
         assert factors[0] < factors[1]  # B is still 0
         assert official.parts.facts["counts"][index] > 0
+    for what in ("bytes_up", "bytes_down"):  # with all subspaces in the second stage's first round
+        assert official.summary["plan"][what]["planned"] == official.summary[what] > plain.summary[what]
+
+
+def test_it_does_not_average_alone() -> None:
+    assert DiscoConfig().averages
+    assert not DiscoConfig(compat="official").averages
 
 
 def test_only_disco_itself_has_a_published_code() -> None:
