@@ -129,7 +129,7 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the cells and the time they take; run none.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; more than one: each in a process of its own.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; more than one: each held by a Ray actor.")] = 1,
     dir_: Annotated[Path, typer.Option("--dir", help="Where the run folders are.")] = Path("runs/sweep"),
     results: Annotated[
         Path | None, typer.Option(help="Also one JSON per cell; cells that are there are skipped.")

@@ -105,14 +105,7 @@ def _begin(cpus: int) -> None:
         _read_again()
         if get_authentication_mode() != AuthenticationMode.TOKEN:
             raise FedstrataError(f"Ray {ray.__version__} does not ask for a token; it is not started without one")
-        ray.init(
-            address="local",  # without it Ray would join whatever cluster RAY_ADDRESS or /tmp/ray names
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=True,
-            logging_level=logging.ERROR,
-        )
+        _init(cpus)
     for raylet in _raylets():
         threading.Thread(target=_watch, args=(raylet,), daemon=True).start()
 
@@ -122,6 +115,7 @@ def _init(cpus: int) -> None:
     for last in (False, True):
         try:
             ray.init(
+                address="local",  # without it Ray would join whatever cluster RAY_ADDRESS or /tmp/ray names
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,

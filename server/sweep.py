@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from fedstrata.core import durable
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
 from fedstrata.core.metrics import AccuracyMatrix
 from fedstrata.server.cells import Cell, present
+from fedstrata.server.jobs import Hand, hands
 from fedstrata.server.results import Result, load, result_json
 from fedstrata.server.runfolder import CONFIG, SUMMARY, RunFolder, read_json
-from fedstrata.server.worker import Answer, Job, Worker
+from fedstrata.server.worker import Answer, Job
 
 COMPLETED, BEGUN, NOT_RUN, FAILED = "completed", "begun", "not run", "failed"
 INTERRUPTED, BAD_INPUT = 75, 2
@@ -81,7 +83,9 @@ class Sweep:
     def __init__(self, states: Sequence[State], folder: Path, results: Path | None, jobs: int, tell: Tell) -> None:
         self.states = {state.cell.name: state for state in states}
         self.folder, self.results, self.tell = folder, results, tell
-        self.workers = [Worker(folder / f"worker-{number}.log") for number in range(jobs)]
+        self.jobs, self.workers = jobs, list[Hand]()
+        addresses = (state.cell.config.federation.ray_address for state in states)
+        self.hands = partial(hands, folder, jobs, next(filter(None, addresses), ""))
         self.waiting: queue.SimpleQueue[State] = queue.SimpleQueue()
         self.stopped = threading.Event()
 
@@ -97,7 +101,9 @@ class Sweep:
                 self.waiting.put(state)
             elif state.source and state.source.is_dir():
                 self.states[state.cell.name] = self._kept(state)
-        with ThreadPoolExecutor(len(self.workers)) as pool:
+        if self.waiting.empty():
+            return list(self.states.values())
+        with self.hands() as self.workers, ThreadPoolExecutor(self.jobs) as pool:
             working = [pool.submit(self._work, worker) for worker in self.workers]
             try:
                 wait(working, return_when=FIRST_EXCEPTION)
@@ -114,7 +120,7 @@ class Sweep:
         for worker in self.workers:
             worker.interrupt()
 
-    def _work(self, worker: Worker) -> None:
+    def _work(self, worker: Hand) -> None:
         try:
             while not self.stopped.is_set():
                 try:
@@ -125,7 +131,7 @@ class Sweep:
         finally:
             worker.close()
 
-    def _tried(self, state: State, worker: Worker) -> State:
+    def _tried(self, state: State, worker: Hand) -> State:
         """A cell that fails is tried once more, from its last commit; bad input would be bad again."""
         name = state.cell.name
         for again in (False, True):
@@ -137,9 +143,9 @@ class Sweep:
         return self._ended(state, answer)
 
     def _job(self, cell: Cell) -> Job:
-        folder = self.folder / cell.name
-        words = (*cell.words, *(("federation.grid=inprocess",) if len(self.workers) > 1 else ()))
-        return Job(words, str(folder), (folder / CONFIG).exists(), str(self.folder / f"{cell.name}.log"))
+        folder = (self.folder / cell.name).resolve()
+        words = (*cell.words, *(("federation.grid=inprocess",) if self.jobs > 1 else ()))
+        return Job(words, str(folder), (folder / CONFIG).exists(), str(folder.with_name(f"{cell.name}.log")))
 
     def _ended(self, state: State, answer: Answer) -> State:
         folder = self.folder / state.cell.name

@@ -1,7 +1,7 @@
 """A process that runs one cell of a sweep after another: libraries and base model stay loaded between them.
 
 It reads jobs, one JSON object a line, from standard input and answers each with {code, reason}; it ends with its input.
-SIGTERM interrupts the run that it is at, which can be resumed.
+SIGTERM interrupts the run that it is at, which can be resumed. It is killed when whoever started it dies.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedstrata.core.errors import FedstrataError
+from fedstrata.server.supervise import bound
 
 START = "from fedstrata.server.worker import serve; serve()"
 
@@ -46,9 +47,9 @@ class Answer:
 class Worker:
     """The other side: starts the process when there is something to do, and again when it died."""
 
-    def __init__(self, log: Path) -> None:
-        """log: where warnings and tracebacks of the process go."""
-        self.log = log
+    def __init__(self, log: Path, here: Path | None = None) -> None:
+        """log: where warnings and tracebacks of the process go; here: the folder that it stands in, None: this one."""
+        self.log, self.here = log, here
         self.process: subprocess.Popen[str] | None = None
         self.ended, self.lock = False, threading.Lock()
 
@@ -76,7 +77,7 @@ class Worker:
             with self.log.open("a", encoding="utf-8") as log:
                 command, pipe = [sys.executable, "-c", START], subprocess.PIPE
                 self.process = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, stderr=log, text=True, start_new_session=True
+                    command, stdin=pipe, stdout=pipe, stderr=log, text=True, start_new_session=True, cwd=self.here
                 )
         return self.process
 
@@ -103,6 +104,7 @@ class Worker:
 def serve() -> None:
     """The process itself. Standard output is for answers alone: whatever else is printed goes to standard error."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    bound()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with suppress(KeyboardInterrupt):  # between two jobs there is nothing to commit

@@ -141,11 +141,15 @@ def test_a_ray_that_does_not_come_up_is_started_once_more_and_then_told(
 
     monkeypatch.setattr(raystart.ray, "init", init)
     monkeypatch.setattr(raystart.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(raystart.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(raystart, "get_authentication_mode", lambda: raystart.AuthenticationMode.TOKEN)
+    for name, value in {"_raylets": list, "_read_again": lambda: None}.items():
+        monkeypatch.setattr(raystart, name, value)  # the module's own Ray goes on
     if failures == 1:
-        raystart._init(3)
+        raystart.start_ray(3)
     else:
         with pytest.raises(FedstrataError, match="^Ray does not start on this machine: The current node timed out"):
-            raystart._init(3)
+            raystart.start_ray(3)
     assert starts == [3, 3]
 
 

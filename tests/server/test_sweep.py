@@ -1,9 +1,13 @@
 """Sweeps: which cells there are, what is run, skipped, resumed and tried again, and what the table says of it."""
 
 import json
+import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,13 @@ from rich.console import Console
 
 from fedstrata.core.config import to_dict
 from fedstrata.core.errors import BadInput, FedstrataError, Interrupted
-from fedstrata.server import configure, launch, worker
+from fedstrata.scenarios import LIBRARY
+from fedstrata.server import configure, jobs, launch, worker
 from fedstrata.server.cells import Cell, cells, present, split
 from fedstrata.server.cli import main
 from fedstrata.server.compare import compare
 from fedstrata.server.paired import Paired, paired
+from fedstrata.server.raystart import start_ray
 from fedstrata.server.sweep import State, Sweep, check, look
 from fedstrata.server.sweeppage import comparison, show_plan, summary, write_page
 from fedstrata.server.worker import Answer, Job, Worker
@@ -174,7 +180,7 @@ def scripted(write_run: WriteRun, tmp_path: Path) -> Script:
 
         sweep = Sweep(look(grid, tmp_path, results), tmp_path, results, 1, lambda line: None)
         fake = Scripted(answers, finish)
-        sweep.workers = [fake]  # type: ignore[list-item]
+        sweep.hands = lambda: nullcontext([fake])  # type: ignore[assignment]
         return sweep, fake
 
     return make
@@ -381,7 +387,7 @@ def test_an_interrupted_cell_goes_on_to_the_bits_of_a_plain_run(
     grid: list[Cell] = cells(SMALL[0], [*SMALL[1:], "strategy.name=disco,finetune"])
     begun = folder / grid[0].name
     begun.parent.mkdir()
-    stop = _interrupting(one, begun / "events.jsonl")
+    stop = _after_a_round(begun / "events.jsonl", one.interrupt)
     answer = one.run(Job(grid[0].words, str(begun), False, str(folder / "log")))
     stop()
     one.close()
@@ -399,18 +405,65 @@ def test_an_interrupted_cell_goes_on_to_the_bits_of_a_plain_run(
     assert summary(states, comparison(states, "")) == told
 
 
-def _interrupting(one: Worker, events: Path) -> Callable[[], None]:
-    """Interrupts the worker once its run has finished a round; returns what waits for that."""
-    import threading
+def _after_a_round(events: Path, then: Callable[[], None]) -> Callable[[], None]:
+    """Calls `then` once a run has finished a round; returns what waits for that."""
 
     def watch() -> None:
         until = time.monotonic() + 120
         while time.monotonic() < until:
             if events.is_file() and '"event": "round"' in events.read_text(encoding="utf-8"):
-                return one.interrupt()
+                return then()
             time.sleep(0.02)
         return None
 
     thread = threading.Thread(target=watch)
     thread.start()
     return thread.join
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_two_jobs_are_held_by_ray_actors_and_end_as_plain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[int, str]] = []
+
+    def start(cpus: int, address: str) -> None:
+        started.append((cpus, address))
+        start_ray(cpus, address)
+
+    monkeypatch.setattr(jobs, "start_ray", start)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(LIBRARY / "fcit-mini-short.yaml", "mine.yaml")  # found from where the command stands
+    words = ("mine.yaml", *SMALL[1:], "strategy.name=disco,finetune", "--dir", "cells", "--results", "kept")
+    assert sweep_cli(monkeypatch, *words, "--jobs", "2") == 0
+    assert (started, jobs.ray.is_initialized()) == ([(2, "")], False)
+    assert len(list((tmp_path / "kept").glob("*.json"))) == 2
+    launch.run(configure.resolve("mine.yaml", [*SMALL[1:], f"run.dir={tmp_path / 'plain'}"]), Console(quiet=True))
+    assert hash_of(tmp_path / "cells" / "mine-disco-seed0") == hash_of(tmp_path / "plain")
+    assert sweep_cli(monkeypatch, *words, "--jobs", "2") == 0  # all is there: no Ray
+    assert len(started) == 1
+
+
+def test_an_actor_that_dies_has_failed_its_job_and_the_next_one_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    job = Job((*SMALL, "federation.rounds_per_stage=4"), str(tmp_path / "run"), False, str(tmp_path / "log"))
+    with jobs.hands(tmp_path, 2) as (one, other):
+        assert isinstance(one, jobs.Remote)
+        waiting = _after_a_round(tmp_path / "run" / "events.jsonl", lambda: jobs.ray.kill(one._actor))
+        died = one.run(job)
+        waiting()
+        assert (died.code, died.reason[:14]) == (1, "its actor died")
+        assert one.run(replace(job, resume=True)) == Answer(0)
+        other.interrupt()
+        assert other.run(job) == Answer(75, "interrupted before it began")
+        one.close()
+    plain = configure.resolve(SMALL[0], [*job.words[1:], f"run.dir={tmp_path / 'plain'}"])
+    launch.run(plain, Console(quiet=True))
+    assert hash_of(tmp_path / "run") == hash_of(tmp_path / "plain")
+
+
+def test_a_run_in_an_actor_is_interrupted_where_it_has_committed(tmp_path: Path) -> None:
+    job = Job((*SMALL, "federation.rounds_per_stage=4"), str(tmp_path / "run"), False, str(tmp_path / "log"))
+    with jobs.hands(tmp_path, 2) as (one, _):
+        waiting = _after_a_round(tmp_path / "run" / "events.jsonl", one.interrupt)
+        assert one.run(job).code == 75
+        waiting()
+        one.close()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["status"] == "interrupted"
