@@ -27,6 +27,7 @@ def test_a_node_lost_in_mid_round_changes_nothing(tmp_path: Path) -> None:
     assert seen["alone"]["status"] == seen["fault"]["status"] == "completed"
     for key in ("final_state_sha256", "last", "bytes_up", "bytes_down", "bytes_eval", "skipped_rounds", "rejected"):
         assert seen["fault"][key] == seen["alone"][key], key
+    assert seen["swept"] == [[0, seen["alone"]["final_state_sha256"]]] * 2
 
 
 def test_the_private_corners_are_those_of_the_installed_ray() -> None:

@@ -1,11 +1,13 @@
 """A federation on a real Ray cluster of two nodes, for test_cluster.py: a process of its own.
 
 `python two_nodes.py FOLDER` starts the cluster, with an actor on each node; runs the federation with one of them alone,
-then with both, and takes one node away while its actor has a cohort in hand; prints what it saw as JSON.
+then with both, and takes one node away while its actor has a cohort in hand; a new node comes, and the two share a
+sweep's jobs. Prints what it saw as JSON.
 """
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from fedstrata.core.config import RunConfig
-from fedstrata.server import configure, launch, preparing, raygrid
+from fedstrata.server import configure, jobs, launch, preparing, raygrid
+from fedstrata.server.worker import Job
 
 WORDS = (
     "federation.rounds_per_stage=1",
@@ -46,6 +49,8 @@ def main(folder: Path) -> None:
         seen["left"] = sorted(crew.nodes.values())
         grid.close()
         seen["cluster lives"] = bool(cluster.global_state._live_node_ids())
+        cluster.add_node(num_cpus=1)
+        seen["swept"] = swept(folder, cluster.address)
         print(json.dumps(seen))
     finally:
         cluster.shutdown()
@@ -53,6 +58,18 @@ def main(folder: Path) -> None:
 
 def config(folder: Path, address: str) -> RunConfig:
     return configure.resolve("fcit-mini-short", [*WORDS, f"run.dir={folder}", f"federation.ray_address={address}"])
+
+
+def swept(folder: Path, address: str) -> list[Any]:
+    """Two jobs at once: their exit codes and final states."""
+    words = ("fcit-mini-short", *WORDS, "federation.grid=inprocess")
+    todo = [Job(words, str(folder / name), False, str(folder / f"{name}.log")) for name in ("one", "two")]
+    with jobs.hands(folder, len(todo), address) as hands, ThreadPoolExecutor(len(todo)) as pool:
+        answers = list(pool.map(lambda hand, job: hand.run(job), hands, todo))
+        for hand in hands:
+            hand.close()
+    ended = [json.loads((Path(job.folder) / "summary.json").read_text()) for job in todo]
+    return [[answer.code, end["final_state_sha256"]] for answer, end in zip(answers, ended, strict=True)]
 
 
 def run(folder: Path, address: str, grid: raygrid.RayGrid) -> Any:
