@@ -22,6 +22,7 @@ MACHINE = {  # files whose tests start Rays, federations or deployments as proce
     "deploy": ("processes", "superexec", "trainer"),
     "faults": ("kill",),
     "server": ("client_memory", "cluster", "flwr_run", "ray_faults", "ray_run", "raygrid", "sweep"),
+    "strategies": ("actors",),
 }
 
 
