@@ -23,11 +23,11 @@ SETTINGS = TrainSection(lr=1e-2, batch_size=2, local_epochs=1, warmup_steps=1)
 AXES = np.eye(3, dtype=np.float32)  # tokens of two subspaces; the third axis is like neither
 
 
-@pytest.fixture
-def base(llava: Path, monkeypatch: pytest.MonkeyPatch) -> BaseModel:
-    """An example's feature is the axis that its id says."""
+@pytest.fixture(params=["lora", "dora"])
+def base(request: pytest.FixtureRequest, llava: Path, monkeypatch: pytest.MonkeyPatch) -> BaseModel:
+    """An example's feature is the axis that its id says. Both ways of training: a cohort at once, and through PEFT."""
     torch.set_num_threads(1)
-    model = BaseModel(ModelSection(name=str(llava)), LoraSection())
+    model = BaseModel(ModelSection(name=str(llava)), LoraSection(kind=request.param))
     monkeypatch.setattr(model, "encode", lambda seen, token: torch.from_numpy(AXES[[int(one.id) for one in seen]]))
     return model
 
