@@ -158,6 +158,7 @@ def _table(
     scenario: str, placed: Sequence[_Run], done: Sequence[_Run], labels: Sequence[str], baseline: str
 ) -> ScenarioTable:
     here = [run for run in placed if run.scenario == scenario]
+    labels = _asked(labels, here)
     tasks = tuple(dict.fromkeys(task for run in here for task in run.result.matrix.tasks))
     ran = {label: [run.result for run in done if (run.scenario, run.label) == (scenario, label)] for label in labels}
     begun = {run.label for run in here if run.result.summary["status"] != NOT_RUN}
@@ -166,10 +167,17 @@ def _table(
     return ScenarioTable(scenario, tasks, tuple(rows), _gaps(rows), baseline, differences)
 
 
+def _asked(labels: Sequence[str], here: Sequence[_Run]) -> list[str]:
+    """The rows of a table: a method that was run elsewhere, too, but not with options that nobody asked for here."""
+    asked, known = {run.label for run in here}, {run.result.strategy for run in here}
+    return [label for label in labels if label in asked or label.split(" ")[0] not in known]
+
+
 def _differences(ran: Mapping[str, Sequence[Result]], baseline: str) -> dict[str, Paired | None]:
     """Label of every other row → what its `last` is above the baseline's, over the seeds that both have."""
     last = {label: {result.seed: result.value("last") for result in results} for label, results in ran.items()}
-    return {label: paired(values, last[baseline]) for label, values in last.items() if label != baseline}
+    beside = last.get(baseline, {})
+    return {label: paired(values, beside) for label, values in last.items() if label != baseline}
 
 
 def _row(label: str, results: Sequence[Result], empty: str, tasks: Sequence[str]) -> Row:

@@ -83,6 +83,13 @@ def test_scenarios_get_tables_of_their_own_and_a_missing_cell_reads_not_run(writ
     assert "| finetune | 0 | not run | not run |" in comparison.markdown()
 
 
+def test_options_that_a_method_has_in_another_scenario_only_are_no_row(write_run: WriteRun) -> None:
+    other = {"scenario": {"name": "other", "beta": None}}
+    runs = [write_run("a", "disco", options={"tau": 0.5}), write_run("b", "disco", 0, {"tau": 0.9}, other)]
+    runs.append(write_run("c", "finetune", config=other))
+    assert labels(compare(runs)) == [["finetune", "disco (tau=0.9)"], ["finetune", "disco (tau=0.5)"]]
+
+
 def test_another_beta_is_another_table(write_run: WriteRun) -> None:
     runs = [write_run(f"b{beta}", config={"scenario": {"name": "toy", "beta": beta}}) for beta in (0.5, 1.0)]
     assert [table.scenario for table in compare(runs).tables] == ["toy (beta=0.5)", "toy (beta=1.0)"]

@@ -1,6 +1,7 @@
 """Sweeps: which cells there are, what is run, skipped, resumed and tried again, and what the table says of it."""
 
 import json
+import math
 import shutil
 import signal
 import threading
@@ -267,6 +268,14 @@ def test_the_committed_results_are_the_cells_of_the_commands_on_their_page() -> 
     found = [look(cells(*configure.split_recipe(each)), DOCS / "none", DOCS / "results") for each in words]
     assert {state.status for states in found for state in states} == {"completed"}
     assert sum(map(len, found)) == len({state.source for states in found for state in states})
+
+
+def test_every_cell_of_the_tables_has_been_run() -> None:
+    states = look(cells(str(DOCS / "full-table.yaml"), []), DOCS / "none", DOCS / "results" / "full")
+    assert [state.status for state in states] == ["completed"] * 72
+    swept = yaml.safe_load((DOCS / "big-table.yaml").read_text(encoding="utf-8"))["sweep"]
+    size = math.prod(len(values) for values in swept.values())
+    assert len(list((DOCS / "results" / "small").glob("*.json"))) == size == 288
 
 
 def test_the_big_table_leaves_no_strategy_out() -> None:
